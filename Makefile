@@ -1,0 +1,57 @@
+# Two commands matter: `make cook` walks the whole path, `make test` checks everything.
+#   make cook PROFILE=tiny                                  # two minutes, random weights
+#   make cook SET="sft.learning_rate=2e-4 sft.max_steps=20" # override any setting
+# pip's own variables pick another index (they reach pip through the environment):
+#   make cook PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu   # torch without CUDA packages
+#   make cook PIP_INDEX_URL=https://mirror.example/simple                # a company mirror
+#   make cook PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheels                  # a room without network: first `make wheels`
+
+PYTHON  ?= python3
+PROFILE ?= laptop
+SET     ?=
+export DSC_PROFILE = $(PROFILE)
+# OpenMP threads that spin on a busy core collapse: 15.6 -> 2 tokens/s. Let them sleep.
+export OMP_WAIT_POLICY = PASSIVE
+export GOMP_SPINCOUNT = 0
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN    := .venv/bin
+EXTRAS := quant,serve,data,safety,track,docs,dev
+READY  := .venv/.installed
+
+.PHONY: cook test docs lab save bench lint wheels lock clean
+.DELETE_ON_ERROR:
+
+cook: $(READY)
+	@$(BIN)/deepseek-cookbook cook --profile $(PROFILE) $(SET)
+
+test: $(READY)
+	@$(BIN)/python -m pytest tests
+
+docs: $(READY)
+	@$(BIN)/python scripts/build_docs.py
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs
+
+save: $(READY)
+	@$(BIN)/python scripts/save_notebooks.py $(NB)
+
+bench: $(READY)
+	@$(BIN)/python scripts/bench/sft.py
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/python scripts/check_notebooks.py
+
+wheels:
+	@$(PYTHON) scripts/install.py --wheels wheels --extras $(EXTRAS)
+
+lock: $(READY)
+	@$(BIN)/python scripts/install.py --lock
+
+clean:
+	rm -rf .venv _docs _site dist build
+
+$(READY): pyproject.toml constraints.txt scripts/install.py
+	@$(PYTHON) scripts/install.py --extras $(EXTRAS)

@@ -1,0 +1,28 @@
+"""Fine-tune DeepSeek models from data to serving, with notebooks that run."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Nothing is imported before it is asked for: torch alone takes seconds.
+_PUBLIC = {
+    "load_settings": "settings",
+    "Settings": "settings",
+    "RunFolder": "settings",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "cook": "pipeline",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
