@@ -93,7 +93,11 @@ def rename_entries(
     "Rename the notebooks that a navbar or sidebar lists."
     if isinstance(entry, list):
         kept = [rename_entries(item, pages, missing) for item in entry]
-        return [item for item in kept if item not in (None, {}) and not (isinstance(item, dict) and item.get("contents") == [])]
+        return [
+            item
+            for item in kept
+            if item not in (None, {}) and not (isinstance(item, dict) and item.get("contents") == [])
+        ]
     if isinstance(entry, dict):
         new = {key: rename_entries(value, pages, missing) for key, value in entry.items()}
         return None if "href" in new and new["href"] is None else new

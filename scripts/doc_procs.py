@@ -61,7 +61,7 @@ def after_title(
 ) -> str:  # What stands under the title and its subtitle, or ""
     "nbdev keeps only title and subtitle of the first cell: find the rest, which would be lost."
     found = re.match(r"\s*# [^\n]+\n+(?:>[^\n]+(?:\n|$))?", source)
-    return source[found.end():].strip() if found else ""
+    return source[found.end() :].strip() if found else ""
 
 
 class ForSite(Processor):
