@@ -8,6 +8,7 @@ is written all the same, so that it can be looked at.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
+_NAME_LINK = re.compile(r"(\]\(/?)([\w./-]+\.html)#([\w.]+)\)")
 _NOTEBOOK_LINK = re.compile(r"(\]\()([^)\s]+?\.ipynb)(#[^)\s]*)?(\))")
 
 
@@ -64,11 +66,41 @@ def _site_link(found):
     return before + site_name(target) + (anchor or "").lower() + after
 
 
+def documented(
+    processed: Path,  # Where nbdev left the notebooks
+) -> dict[str, set[str]]:  # Page of the site -> anchors of the names that it documents
+    "Which names have an entry: nbdev links every name that it knows, methods too, and not all have one."
+    anchors = {}
+    for path in processed.rglob("*.ipynb"):
+        page = Path(site_name(path.relative_to(processed).as_posix())).with_suffix(".html").as_posix()
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        outputs = [o.get("data", {}).get("text/markdown", "") for c in cells for o in c.get("outputs", [])]
+        text = "\n".join("".join(output) for output in outputs)
+        anchors[page] = {name.strip().lower() for name in re.findall(r"(?m)^#+ (.+)$", text)}
+    return anchors
+
+
+def site_links(
+    text: str,  # Markdown of a processed notebook
+    anchors: dict[str, set[str]],  # From `documented`
+) -> str:  # Markdown for the site
+    "Point links to notebooks at their pages, and links to a name without an entry at its class or its page."
+
+    def rewrite(found):
+        before, page, name = found.groups()
+        known = anchors.get(page)
+        near = next((n for n in (name, name.split(".")[0]) if known is None or n in known), "")
+        return f"{before}{page}{'#' * bool(near)}{near})"
+
+    return _NAME_LINK.sub(rewrite, _NOTEBOOK_LINK.sub(_site_link, text))
+
+
 def stage_page(
     source: Path,  # A processed notebook
     target: Path,  # Where it goes
+    anchors: dict[str, set[str]],  # From `documented`
 ) -> None:
-    "Copy a notebook with its links to other notebooks changed to their names on the site."
+    "Copy a notebook with its links changed to what they are on the site."
     from fastcore.nbio import read_nb, write_nb
 
     notebook = read_nb(source)
@@ -76,11 +108,11 @@ def stage_page(
         if cell.cell_type == "raw":
             cell.source = re.sub(r"(?m)^output-file:.*\n", "", cell.source)  # the file already has that name
         if cell.cell_type == "markdown":
-            cell.source = _NOTEBOOK_LINK.sub(_site_link, cell.source)
+            cell.source = site_links(cell.source, anchors)
         for output in cell.get("outputs", []):
             text = output.get("data", {}).get("text/markdown")
             if text:
-                output["data"]["text/markdown"] = _NOTEBOOK_LINK.sub(_site_link, "".join(text))
+                output["data"]["text/markdown"] = site_links("".join(text), anchors)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_nb(notebook, target)
 
@@ -114,7 +146,7 @@ def stage_site(
     stage: Path,  # An empty folder
 ) -> list[str]:  # One line for each problem
     "Lay out a project that smalldocs can render."
-    problems, taken = [], {}
+    problems, taken, anchors = [], {}, documented(processed)
     for source in sorted(p for p in processed.rglob("*") if p.is_file()):
         relative = source.relative_to(processed).as_posix()
         if source.suffix != ".ipynb":
@@ -126,7 +158,7 @@ def stage_site(
         if name in taken:
             problems.append(f"nbs/{relative}: its page {name} is also the page of nbs/{taken[name]}; rename one")
         taken[name] = relative
-        stage_page(source, stage / name)
+        stage_page(source, stage / name, anchors)
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     config.pop("metadata-files", None)
     missing: list[str] = []

@@ -1,0 +1,82 @@
+"""What all tests share: the root of the repository, no network but loopback, threads that sleep, the built site."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GUARD = ROOT / "tests" / "no_network"
+
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+# Children: Python reads sitecustomize.py from PYTHONPATH before anything else.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+_spec = importlib.util.spec_from_file_location("network_guard", GUARD / "sitecustomize.py")
+network_guard = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(network_guard)
+
+
+def pytest_configure(config):
+    "A test that must reach a package index says so: `@pytest.mark.network`."
+    config.addinivalue_line("markers", "network: may connect to other machines")
+
+
+@pytest.fixture(autouse=True)
+def no_network(request, monkeypatch):
+    "Block the network for a test and for the processes that it starts, unless it is marked `network`."
+    if request.node.get_closest_marker("network"):
+        kept = [p for p in os.environ["PYTHONPATH"].split(os.pathsep) if p != str(GUARD)]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(kept))
+        yield
+        return
+    old = network_guard.block()
+    yield
+    network_guard.unblock(old)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The root of the repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tracked(root) -> list[Path]:
+    "The files that belong to the project: those that git knows or would add."
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    paths = [root / name for name in run.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+@pytest.fixture(scope="session")
+def site(root, tmp_path_factory):
+    "The site, built once: its folder and what the build printed."
+    out = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, str(root / "scripts" / "build_docs.py"), "--out", str(out)]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500)
+    return out, run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    "The path of a browser."
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: apt-get install chromium")
+    return found
