@@ -263,6 +263,8 @@ def main() -> int:
         return 2
     except Exception as error:
         print(f"The site was not built: {type(error).__name__}: {error}", file=sys.stderr)
+        if "show_doc" in str(error) and "NameError" in str(error):
+            print("The signature names something that a later cell defines: define it first.", file=sys.stderr)
         return 2
     for problem in problems:
         print(problem, file=sys.stderr)

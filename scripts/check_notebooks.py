@@ -34,9 +34,7 @@ SUMMARY_SENTENCES = (3, 5)  # the Chinese summary
 SAVED_KEYS = ("code_hash", "profile", "seconds", "versions", "hardware", "peak_memory_gib")
 
 _DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$")
-_MACHINE_PATH = re.compile(
-    "|".join(("/" + "home/", "/" + "root/", "/" + "Users/", "/" + "work/", "/" + "tmp/", r"C:\\Users"))
-)
+_MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|tmp)/|[A-Z]:\\+Users\\")
 _NOT_PORTABLE = {
     r"^\s*:::": "a Quarto div",
     r"\{\{<": "a Quarto shortcode",

@@ -74,6 +74,7 @@ def execute(
         env.setdefault(name, value)
     folder = {"metadata": {"path": str(path.parent)}}
     client = Client(notebook, timeout=timeout, kernel_name="python3", resources=folder)
+    client.extra_arguments = ["--IPKernelApp.log_level=40"]
     start = time.perf_counter()
     try:
         client.execute(env=env)

@@ -73,6 +73,11 @@ def test_outputs_are_fresh(path):
     assert json.loads(path.read_text())["metadata"]["cookbook"]["profile"] == "laptop"
 
 
+def test_no_two_notebooks_share_a_number():
+    numbers = [path.name.split("_")[0] for path in NOTEBOOKS if path.name[0].isdigit()]
+    assert sorted(set(numbers)) == sorted(numbers)
+
+
 def test_modules_equal_notebooks():
     assert [str(v) for v in check.check_exports()] == []
 
