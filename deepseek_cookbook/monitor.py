@@ -6,7 +6,7 @@
 __all__ = ['PANELS', 'scale_lr', 'best_checkpoint', 'load_weights', 'peak_memory_gib', 'MonitorCallback', 'plot_dashboard',
            'to_png', 'dashboard_html']
 
-# %% ../nbs/00c_monitor.ipynb #8a6ba87e
+# %% ../nbs/00c_monitor.ipynb #b747f021
 import base64, html, io, math, sys, time
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .guards import Action, Decision, Guard, MonitorConfig, Watch, judge, make_guards, smooth
 from .runlog import METRICS, MetricsLog, MonitorError, Series, make_trackers, read_metrics, series
 
-# %% ../nbs/00c_monitor.ipynb #3778f02a
+# %% ../nbs/00c_monitor.ipynb #fce13b46
 def scale_lr(
     optimizer,  # a torch optimizer
     scheduler,  # its scheduler, or None
@@ -28,10 +28,11 @@ def scale_lr(
     "Change the learning rate for the rest of a run, so that the scheduler doesn't undo it."
     for group in optimizer.param_groups: group["lr"] *= factor
     for part in getattr(scheduler, "_schedulers", [scheduler]):
-        if hasattr(part, "base_lrs"): part.base_lrs = [lr * factor for lr in part.base_lrs]
+        for name in ("base_lrs", "_last_lr"):  # what it computes from, and what it reports
+            if hasattr(part, name): setattr(part, name, [lr * factor for lr in getattr(part, name)])
     return float(optimizer.param_groups[0]["lr"])
 
-# %% ../nbs/00c_monitor.ipynb #d8a1727c
+# %% ../nbs/00c_monitor.ipynb #79b7f1da
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 def best_checkpoint(
@@ -47,7 +48,7 @@ def best_checkpoint(
     if scored: return there[min(scored, key=scored.get)]
     return there[max(sound)] if (sound := [step for step in there if step <= since]) else None
 
-# %% ../nbs/00c_monitor.ipynb #e8da5b42
+# %% ../nbs/00c_monitor.ipynb #a933610e
 def load_weights(
     model,  # a transformers or PEFT model; changed in place
     folder: str | Path,  # a checkpoint that the trainer wrote
@@ -69,7 +70,7 @@ def load_weights(
             raise MonitorError(f"{folder}: not a checkpoint of this model; missing {sorted(lost)[:3]}, "
                                f"unexpected {result.unexpected_keys[:3]}.")
 
-# %% ../nbs/00c_monitor.ipynb #92ef83f2
+# %% ../nbs/00c_monitor.ipynb #88cc9f33
 def peak_memory_gib() -> float:
     "The highest memory so far, in GiB: allocated on the GPU, else resident in this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
@@ -79,7 +80,7 @@ def peak_memory_gib() -> float:
         return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-# %% ../nbs/00c_monitor.ipynb #87fe2d57
+# %% ../nbs/00c_monitor.ipynb #33761a4e
 class MonitorCallback(TrainerCallback):
     "Logs what a `transformers` trainer reports, lets guards judge it, and does what they ask for."
     def __init__(self,
@@ -98,22 +99,22 @@ class MonitorCallback(TrainerCallback):
     def lower_lr(self, decision: Decision):
         "Scale the learning rate, and write the new one down."
         rate = scale_lr(self.optimizer, self.scheduler, self.lr_factor)
-        self.log.event(decision.step, Action.NOTE, "lower_lr", f"learning rate is now {rate:.3g} from here on, before decay")
+        self.log.event(decision.step, Action.NOTE, "lower_lr", f"the learning rate of the next step is {rate:.3g}")
 
     def stop(self, decision: Decision):
         "End training after this step; `on_train_end` restores."
         self.stopped = {"guard": decision.guard, "step": decision.step, "since": decision.since}
 
-# %% ../nbs/00c_monitor.ipynb #cd9ec1ed
+# %% ../nbs/00c_monitor.ipynb #a3f86afa
 @patch
 def _check(self: MonitorCallback, args):
     "Before the first step: could a stop be followed by a restore?"
-    stoppers = [g.name for g in self.watch.guards if g.action == Action.STOP and self.watch.actions[g.action] == self.stop]
-    if not stoppers: return
+    stoppers = [g.name for g in self.watch.guards if g.action == Action.STOP]
+    if not stoppers or self.watch.actions[Action.STOP] != self.stop: return
     why = None
     if args.save_strategy == "no": why = "save_strategy is 'no'. Set save_strategy='steps'"
     elif args.save_total_limit and args.eval_strategy != "no" and not args.metric_for_best_model:
-        why = "save_total_limit may delete the best checkpoint. Set metric_for_best_model='eval_loss', which protects it"
+        why = "save_total_limit may delete the best checkpoint. Protect it by metric_for_best_model='eval_loss'"
     elif (args.fsdp or args.deepspeed) and not args.load_best_model_at_end:
         why = "the weights are sharded. Set load_best_model_at_end=True"
     if why: raise MonitorError(f"guard {stoppers[0]!r} would stop and restore, but {why}, or give it another action.")
@@ -129,23 +130,29 @@ def on_train_begin(self: MonitorCallback, args, state, control, optimizer=None, 
     self.busy, self.last = 0.0, (state.global_step, 0 if state.global_step == 0 else None)
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #73ef4000
+# %% ../nbs/00c_monitor.ipynb #de929c4f
 @patch
 def _hold(self: MonitorCallback, control):
     "After a stop: no further step, and no checkpoint or evaluation of sick weights."
     if self.stopped: control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
 
 @patch
-def on_step_begin(self: MonitorCallback, args, state, control, **kwargs): self.began = time.perf_counter()
+def on_step_begin(self: MonitorCallback, args, state, control, **kwargs):
+    "Start the clock."
+    self.began = time.perf_counter()
 
 @patch
 def on_step_end(self: MonitorCallback, args, state, control, **kwargs):
+    "Stop the clock."
     self.busy += time.perf_counter() - self.began
     self._hold(control)
 
 @patch
-def on_epoch_end(self: MonitorCallback, args, state, control, **kwargs): self._hold(control)
+def on_epoch_end(self: MonitorCallback, args, state, control, **kwargs):
+    "An epoch's end may ask for a checkpoint, too."
+    self._hold(control)
 
+# %% ../nbs/00c_monitor.ipynb #96ff9f5d
 @patch
 def on_log(self: MonitorCallback, args, state, control, logs=None, **kwargs):
     "Every row that the trainer reports: log it, judge it."
@@ -154,7 +161,7 @@ def on_log(self: MonitorCallback, args, state, control, logs=None, **kwargs):
     self.watch.step(state.global_step, **metrics)
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #a803788f
+# %% ../nbs/00c_monitor.ipynb #5b8396fa
 @patch
 def _speed(self: MonitorCallback, args, state, metrics: dict) -> dict:
     "Throughput since the last row, and peak memory."
@@ -174,13 +181,13 @@ def on_train_end(self: MonitorCallback, args, state, control, model=None, **kwar
     if not self.stopped or self.watch.actions[Action.STOP] != self.stop or args.fsdp or args.deepspeed: return
     best = best_checkpoint(self.log.rows, args.output_dir, self.stopped["since"])
     if best is None:
-        raise MonitorError(f"guard {self.stopped['guard']!r} stopped the run at step {self.stopped['step']}, before a sound "
-                           f"checkpoint was in {args.output_dir}: there is nothing to restore. Lower the learning rate, or "
-                           "save more often.")
+        raise MonitorError(f"guard {self.stopped['guard']!r} stopped the run at step {self.stopped['step']}, before a "
+                           f"sound checkpoint was in {args.output_dir}: there is nothing to restore. Lower the "
+                           "learning rate, or save more often.")
     load_weights(model, best)
-    self.log.event(state.global_step, "restored", self.stopped["guard"], f"weights of {best.name} are back in the model")
+    self.log.event(state.global_step, "restored", self.stopped["guard"], f"the model has the weights of {best.name}")
 
-# %% ../nbs/00c_monitor.ipynb #d204fa58
+# %% ../nbs/00c_monitor.ipynb #51439311
 PANELS = {
     "Training loss": ("loss",), "Validation loss": ("eval_loss",), "PPO loss": ("ppo_loss",),
     "Learning rate": ("learning_rate",), "Gradient norm": ("grad_norm",), "KL to the reference (nats)": ("kl",),
@@ -190,7 +197,7 @@ PANELS = {
 }
 _INK, _SICK = ("#1d5b82", "#c26a1b"), "#b3353f"
 
-# %% ../nbs/00c_monitor.ipynb #7882038a
+# %% ../nbs/00c_monitor.ipynb #f81041eb
 def _draw(ax, title: str, lines: dict[str, Series], events: list[dict], band):
     "One panel: raw values, running medians, band, events."
     for color, (name, s) in zip(_INK, lines.items()):
@@ -211,14 +218,16 @@ def _draw(ax, title: str, lines: dict[str, Series], events: list[dict], band):
                     fontsize=9, ha="right", va="top")
     ax.set_title(title + (f" · band {band[0]:g}-{band[1]:g}" if band else ""), loc="left", fontsize=11)
 
-# %% ../nbs/00c_monitor.ipynb #1852e4a7
+# %% ../nbs/00c_monitor.ipynb #fa2a9e82
 def plot_dashboard(
     rows: list[dict],  # a log: `MetricsLog.rows` or `read_metrics(path)`
     guards=(),  # their bands are drawn
 ) -> Figure:  # `.savefig("dashboard.png")` writes it
     "One panel for each metric that the rows have."
-    panels = {title: {m: s for m in names if np.isfinite((s := series(rows, m)).values).any()} for title, names in PANELS.items()}
-    panels = {title: lines for title, lines in panels.items() if lines}
+    panels = {}
+    for title, names in PANELS.items():
+        lines = {m: s for m in names if np.isfinite((s := series(rows, m)).values).any()}
+        if lines: panels[title] = lines
     deep = max(1, math.ceil(len(panels) / 2))
     figure = Figure(figsize=(9, 2.5 * deep), layout="constrained", facecolor="white")
     if not panels: figure.text(0.5, 0.5, "no metrics yet", ha="center")
@@ -232,7 +241,7 @@ def plot_dashboard(
     for ax in axes[len(panels):]: ax.set_visible(False)
     return figure
 
-# %% ../nbs/00c_monitor.ipynb #370efba6
+# %% ../nbs/00c_monitor.ipynb #2c70d530
 def to_png(
     figure: Figure,  # a dashboard
     limit: int = 110_000,  # bytes; base64 makes a third more of them
@@ -244,14 +253,14 @@ def to_png(
         if len(buffer.getvalue()) <= limit: break
     return buffer.getvalue()
 
-# %% ../nbs/00c_monitor.ipynb #3ebefcc6
+# %% ../nbs/00c_monitor.ipynb #6d085dd2
 def _table(head: list[str], body: list[list]) -> str:
     "An HTML table; every cell is escaped."
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
     return (f'<div style="overflow-x:auto"><table><thead>{line(head, "th")}</thead>'
             f'<tbody>{"".join(line(r, "td") for r in body)}</tbody></table></div>')
 
-# %% ../nbs/00c_monitor.ipynb #708c8b2f
+# %% ../nbs/00c_monitor.ipynb #b7facceb
 def dashboard_html(
     rows: list[dict],  # a log
     guards=(),  # their bands are drawn
