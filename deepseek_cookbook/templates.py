@@ -94,7 +94,7 @@ TEMPLATES["deepseek-r1"] = DEEPSEEK_V3.replace("ANSWER", """\
                 {%- set content = content[8:] -%}
             {%- endif -%}
             {%- generation -%}{{- content + eos_token -}}{%- endgeneration -%}
-        {%- endif -%}""").replace("{{- '<｜Assistant｜>' -}}{%- endif -%}", "{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}")
+        {%- endif -%}""").replace("'<｜Assistant｜>' -}}{%- endif", "'<｜Assistant｜><think>\\n' -}}{%- endif")
 
 # %% ../nbs/00e_templates.ipynb #7f8472be
 END = {"chatml": "<|im_end|>"}  # the others end a turn with the tokenizer's own end-of-sentence token
@@ -129,14 +129,20 @@ def trained_parts(
 
 def check_template(tokenizer: PreTrainedTokenizerBase):
     "Raise `ValueError` where training with this tokenizer's template would go wrong without a sound."
-    if not re.search(r"\{%-?\s*generation", tokenizer.chat_template or ""): raise ValueError("the chat template has no "
+    template = tokenizer.chat_template or ""
+    if not re.search(r"\{%-?\s*generation", template): raise ValueError("the chat template has no "
         "{% generation %} block: every label would be masked. Give the tokenizer one of ours with use_template")
+    for token in {*re.findall(r"<[|｜][^<>]+[|｜]>", template), tokenizer.eos_token}:
+        pieces = len(tokenizer(token, add_special_tokens=False)["input_ids"])
+        if pieces != 1: raise ValueError(f"the tokenizer cuts {token} into {pieces} pieces. Choose another template, "
+            "or read the tokenizer from the model's own folder (GGUF files lose DeepSeek's special tokens)")
     parts = trained_parts(tokenizer, PROBE)
     if not parts or not parts[-1].endswith(tokenizer.eos_token): raise ValueError(f"the trained part {parts} does not "
         f"end with {tokenizer.eos_token}: the model would not learn to stop. Move it inside the generation block")
 
 # %% ../nbs/00e_templates.ipynb #390b57eb
-SPARE = ["<|pad|>", "<pad>", "[PAD]", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>", "<unk>"]
+SPARE = ["<|pad|>", "<pad>", "[PAD]", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>",
+    "<unk>"]
 
 def separate_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:  # changed in place and returned
     "Give the tokenizer a padding token that is neither its end nor its beginning."
