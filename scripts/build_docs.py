@@ -30,6 +30,14 @@ _NOTEBOOK_LINK = re.compile(r"(\]\()([^)\s]+?\.ipynb)(#[^)\s]*)?(\))")
 # ---------------------------------------------------------------- nbdev: show the documentation of exported names
 
 
+def _half_written(path: Path) -> bool:
+    "Whether a build was killed while it wrote this notebook."
+    try:
+        return not json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+
+
 def process_notebooks(
     force: bool = False,  # Process every notebook again
 ) -> Path:  # The folder with the processed notebooks
@@ -45,6 +53,7 @@ def process_notebooks(
     sources = [SCRIPTS / "doc_procs.py", ROOT / "pyproject.toml"]
     if cache.exists() and cache.stat().st_mtime < max(p.stat().st_mtime for p in sources):
         force = True
+    force = force or any(map(_half_written, cache.glob("**/*.ipynb")))
     return proc_nbs(str(ROOT / "nbs"), n_workers=min(4, os.cpu_count() or 1), force=force)
 
 
@@ -161,6 +170,7 @@ def stage_site(
         stage_page(source, stage / name, anchors)
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     config.pop("metadata-files", None)
+    config["format"].pop("commonmark", None)  # Quarto's Markdown copy of each page; smalldocs writes HTML only
     missing: list[str] = []
     config["website"] = rename_entries(config["website"], set(taken), missing)
     problems += [f"_quarto.yml lists {name}, which is not in nbs/" for name in dict.fromkeys(missing)]

@@ -50,6 +50,12 @@ def good(tmp_path):
     ]
 
 
+def expect_none(violations) -> None:
+    "Fail with one line for each violation."
+    if lines := [str(violation) for violation in violations if violation.hard]:
+        pytest.fail("\n".join(lines), pytrace=False)
+
+
 def stream(text, name="stdout"):
     return [nbformat.v4.new_output("stream", name=name, text=text)]
 
@@ -64,12 +70,12 @@ def display(**data):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
 def test_budgets_and_anatomy(path):
     rules = tuple(c for c in check.CHECKS if c is not check.check_fresh)
-    assert [str(v) for v in check.check_notebook(path, rules) if v.hard] == []
+    expect_none(check.check_notebook(path, rules))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
 def test_outputs_are_fresh(path):
-    assert [str(v) for v in check.check_notebook(path, (check.check_fresh,))] == []
+    expect_none(check.check_notebook(path, (check.check_fresh,)))
     assert json.loads(path.read_text())["metadata"]["cookbook"]["profile"] == "laptop"
 
 
@@ -79,7 +85,7 @@ def test_no_two_notebooks_share_a_number():
 
 
 def test_modules_equal_notebooks():
-    assert [str(v) for v in check.check_exports()] == []
+    expect_none(check.check_exports())
 
 
 # ---------------------------------------------------------------- the checker, on notebooks that are wrong

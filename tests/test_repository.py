@@ -59,7 +59,7 @@ def test_every_import_is_declared(root, pyproject):
         for name in imported(path) - set(sys.stdlib_module_names) - {PACKAGE}:
             if not {normal(owner) for owner in owners.get(name, [name])} & declared:
                 missing.setdefault(name, []).append(path.relative_to(root).as_posix())
-    assert missing == {}, "add them to pyproject.toml"
+    assert not missing, f"add to the dependencies in pyproject.toml: {missing}"
 
 
 @pytest.mark.parametrize("module, budget", [(PACKAGE, 0.3), (f"{PACKAGE}.settings", 1.0)])
