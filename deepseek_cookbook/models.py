@@ -8,10 +8,11 @@ __all__ = ['BYTES', 'Precision', 'has_bf16_cpu', 'precision', 'attention_kernel'
            'quantizer', 'to_dtype', 'agree', 'read_model', 'load_model', 'local_device', 'load_adapter']
 
 # %% ../nbs/00b_models.ipynb #10062973
-import math, os, re
+import logging, math, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import httpx, psutil, torch
+from gguf import GGUFReader
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel,
@@ -140,26 +141,29 @@ def load_tokenizer(
     except ValueError as e: raise ModelError(f"{name}: {e}") from e
 
 # %% ../nbs/00b_models.ipynb #42d7ce33
-BYTES = {"nf4": 0.55, "int8": 1.1}  # a weight, quantized
+BYTES = {"nf4": 0.52, "int8": 1.0}  # a rounded weight
 
-def count_parameters(folder: Path) -> int:  # 0 without safetensors
+def count_parameters(folder: Path) -> tuple[int, int]:  # all, and those of embeddings and output layer
     "Count the weights of a folder from the headers of its safetensors files."
-    total = 0
+    sizes = {}
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt") as f:
-                total += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+                sizes |= {k: math.prod(f.get_slice(k).get_shape()) for k in f.keys()}
         except SafetensorError as e: raise ModelError(f"{file} is damaged: {e}. Fetch or save it again") from e
-    return total
+    return sum(sizes.values()), sum(n for k, n in sizes.items() if "embed_tokens" in k or "lm_head" in k)
 
 def weight_bytes(name: str | Path, source: dict, dtype: torch.dtype, quantization: str | None = None) -> int:
     "Memory of the weights in bytes; 0 where nothing is known before loading."
-    each, model = BYTES.get(quantization, dtype.itemsize), find_model(name)
-    if model: return int(model.shape.parameters*each)
-    folder = Path(source["pretrained_model_name_or_path"])
-    if "gguf_file" in source: return int((folder/source["gguf_file"]).stat().st_size*8/4.5*each)
-    if not folder.is_dir(): folder = Path(try_to_load_from_cache(str(name), "config.json") or folder).parent
-    return int(count_parameters(folder)*each)
+    model, folder = find_model(name), Path(source["pretrained_model_name_or_path"])
+    if model: total, floats = model.shape.parameters, model.shape.embeddings
+    elif "gguf_file" in source:
+        tensors = GGUFReader(folder/source["gguf_file"]).tensors
+        total = floats = sum(int(t.n_elements) for t in tensors)
+    else:
+        if not folder.is_dir(): folder = Path(try_to_load_from_cache(str(name), "config.json") or folder).parent
+        total, floats = count_parameters(folder)
+    return int(floats*dtype.itemsize + (total - floats)*BYTES.get(quantization, dtype.itemsize))
 
 # %% ../nbs/00b_models.ipynb #cb7fbca9
 def check_memory(name: str | Path, need: int, device: str, quantization: str | None = None):
@@ -178,6 +182,7 @@ def quantizer(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization not in BYTES: raise ModelError(f"quantization '{quantization}' is unknown; use nf4 or int8")
     if not is_bitsandbytes_available(): raise ModelError(f"quantization='{quantization}' needs bitsandbytes: "
         "pip install 'deepseek-cookbook[quant]', or load without quantization")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line per product otherwise
     if quantization == "int8": return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)

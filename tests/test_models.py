@@ -101,8 +101,7 @@ def test_the_registry_imports_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_model_of_ones_own(monkeypatch):
-    monkeypatch.setattr(deepseek_cookbook.registry, "MODELS", MODELS)
+def test_a_model_of_ones_own():
     register("Mine", "general", "me/mine", MODELS["tiny-llama"].shape, "chatml", "MIT")
     try:
         assert locate("mine") == {"pretrained_model_name_or_path": "me/mine"}
@@ -356,8 +355,19 @@ def test_too_little_memory_names_what_fits(monkeypatch):
 
 def test_weight_bytes_of_a_folder_are_read_from_its_headers():
     folder = build_tiny("tiny-llama")
-    source = {"pretrained_model_name_or_path": str(folder)}
-    assert weight_bytes(folder, source, torch.bfloat16) == 2 * MODELS["tiny-llama"].shape.parameters
+    source, shape = {"pretrained_model_name_or_path": str(folder)}, MODELS["tiny-llama"].shape
+    assert weight_bytes(folder, source, torch.bfloat16) == 2 * shape.parameters
+    assert weight_bytes(folder, source, torch.float32, "int8") == shape.parameters + 3 * shape.embeddings
+
+
+@pytest.mark.laptop
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_weight_bytes_are_what_loading_takes(quantization):
+    pytest.importorskip("bitsandbytes")
+    name = "smollm2-135m-instruct"
+    model = load_model(name, quantization=quantization, device="cpu")
+    expected = weight_bytes(name, locate(name), torch.float32, quantization)
+    assert model.get_memory_footprint() == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(

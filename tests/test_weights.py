@@ -14,7 +14,6 @@ import pytest
 from deepseek_cookbook import weights
 from deepseek_cookbook.registry import ModelError
 from deepseek_cookbook.weights import (
-    TINY,
     build_tiny,
     cache_dir,
     cached_folder,
