@@ -6,7 +6,7 @@
 __all__ = ['PANELS', 'scale_lr', 'best_checkpoint', 'load_weights', 'peak_memory_gib', 'MonitorCallback', 'plot_dashboard',
            'to_png', 'dashboard_html']
 
-# %% ../nbs/00c_monitor.ipynb #b747f021
+# %% ../nbs/00c_monitor.ipynb #e159265d
 import base64, html, io, math, sys, time
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
+from PIL import Image as PILImage
 from transformers import TrainerCallback
 
 from .guards import Action, Decision, Guard, MonitorConfig, Watch, judge, make_guards, smooth
 from .runlog import METRICS, MetricsLog, MonitorError, Series, make_trackers, read_metrics, series
 
-# %% ../nbs/00c_monitor.ipynb #fce13b46
+# %% ../nbs/00c_monitor.ipynb #57d0a7ee
 def scale_lr(
     optimizer,  # a torch optimizer
     scheduler,  # its scheduler, or None
@@ -32,7 +33,7 @@ def scale_lr(
             if hasattr(part, name): setattr(part, name, [lr * factor for lr in getattr(part, name)])
     return float(optimizer.param_groups[0]["lr"])
 
-# %% ../nbs/00c_monitor.ipynb #79b7f1da
+# %% ../nbs/00c_monitor.ipynb #455d895f
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 def best_checkpoint(
@@ -48,7 +49,7 @@ def best_checkpoint(
     if scored: return there[min(scored, key=scored.get)]
     return there[max(sound)] if (sound := [step for step in there if step <= since]) else None
 
-# %% ../nbs/00c_monitor.ipynb #a933610e
+# %% ../nbs/00c_monitor.ipynb #35601967
 def load_weights(
     model,  # a transformers or PEFT model; changed in place
     folder: str | Path,  # a checkpoint that the trainer wrote
@@ -70,7 +71,7 @@ def load_weights(
             raise MonitorError(f"{folder}: not a checkpoint of this model; missing {sorted(lost)[:3]}, "
                                f"unexpected {result.unexpected_keys[:3]}.")
 
-# %% ../nbs/00c_monitor.ipynb #88cc9f33
+# %% ../nbs/00c_monitor.ipynb #a46f6b61
 def peak_memory_gib() -> float:
     "The highest memory so far, in GiB: allocated on the GPU, else resident in this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
@@ -80,7 +81,7 @@ def peak_memory_gib() -> float:
         return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-# %% ../nbs/00c_monitor.ipynb #33761a4e
+# %% ../nbs/00c_monitor.ipynb #e0dfe8bd
 class MonitorCallback(TrainerCallback):
     "Logs what a `transformers` trainer reports, lets guards judge it, and does what they ask for."
     def __init__(self,
@@ -105,7 +106,7 @@ class MonitorCallback(TrainerCallback):
         "End training after this step; `on_train_end` restores."
         self.stopped = {"guard": decision.guard, "step": decision.step, "since": decision.since}
 
-# %% ../nbs/00c_monitor.ipynb #a3f86afa
+# %% ../nbs/00c_monitor.ipynb #ff58e6af
 @patch
 def _check(self: MonitorCallback, args):
     "Before the first step: could a stop be followed by a restore?"
@@ -130,7 +131,7 @@ def on_train_begin(self: MonitorCallback, args, state, control, optimizer=None, 
     self.busy, self.last = 0.0, (state.global_step, 0 if state.global_step == 0 else None)
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #de929c4f
+# %% ../nbs/00c_monitor.ipynb #3b35cf07
 @patch
 def _hold(self: MonitorCallback, control):
     "After a stop: no further step, and no checkpoint or evaluation of sick weights."
@@ -152,7 +153,7 @@ def on_epoch_end(self: MonitorCallback, args, state, control, **kwargs):
     "An epoch's end may ask for a checkpoint, too."
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #96ff9f5d
+# %% ../nbs/00c_monitor.ipynb #dfa19fff
 @patch
 def on_log(self: MonitorCallback, args, state, control, logs=None, **kwargs):
     "Every row that the trainer reports: log it, judge it."
@@ -161,7 +162,7 @@ def on_log(self: MonitorCallback, args, state, control, logs=None, **kwargs):
     self.watch.step(state.global_step, **metrics)
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #5b8396fa
+# %% ../nbs/00c_monitor.ipynb #7b4cab60
 @patch
 def _speed(self: MonitorCallback, args, state, metrics: dict) -> dict:
     "Throughput since the last row, and peak memory."
@@ -187,7 +188,7 @@ def on_train_end(self: MonitorCallback, args, state, control, model=None, **kwar
     load_weights(model, best)
     self.log.event(state.global_step, "restored", self.stopped["guard"], f"the model has the weights of {best.name}")
 
-# %% ../nbs/00c_monitor.ipynb #51439311
+# %% ../nbs/00c_monitor.ipynb #1dac9a0b
 PANELS = {
     "Training loss": ("loss",), "Validation loss": ("eval_loss",), "PPO loss": ("ppo_loss",),
     "Learning rate": ("learning_rate",), "Gradient norm": ("grad_norm",), "KL to the reference (nats)": ("kl",),
@@ -197,13 +198,13 @@ PANELS = {
 }
 _INK, _SICK = ("#1d5b82", "#c26a1b"), "#b3353f"
 
-# %% ../nbs/00c_monitor.ipynb #f81041eb
+# %% ../nbs/00c_monitor.ipynb #8146dcb8
 def _draw(ax, title: str, lines: dict[str, Series], events: list[dict], band):
     "One panel: raw values, running medians, band, events."
     for color, (name, s) in zip(_INK, lines.items()):
-        busy = len(s.steps) > 20
+        busy = len(s.steps) > 20 and name != "learning_rate"
         ax.plot(s.steps, np.where(np.isfinite(s.values), s.values, np.nan), color=color, alpha=0.3 if busy else 1,
-                lw=1 if busy else 1.8, marker=None if busy else "o", ms=3)
+                lw=1 if busy else 1.8, marker="o" if len(s.steps) <= 20 else None, ms=3)
         if busy: ax.plot(s.steps, smooth(s.values), color=color, lw=1.8)
         ok = np.isfinite(s.values)
         if len(lines) > 1: ax.annotate(name, (s.steps[ok][-1], s.values[ok][-1]), color=color, ha="right", va="bottom")
@@ -218,7 +219,7 @@ def _draw(ax, title: str, lines: dict[str, Series], events: list[dict], band):
                     fontsize=9, ha="right", va="top")
     ax.set_title(title + (f" · band {band[0]:g}-{band[1]:g}" if band else ""), loc="left", fontsize=11)
 
-# %% ../nbs/00c_monitor.ipynb #fa2a9e82
+# %% ../nbs/00c_monitor.ipynb #399623bf
 def plot_dashboard(
     rows: list[dict],  # a log: `MetricsLog.rows` or `read_metrics(path)`
     guards=(),  # their bands are drawn
@@ -241,26 +242,28 @@ def plot_dashboard(
     for ax in axes[len(panels):]: ax.set_visible(False)
     return figure
 
-# %% ../nbs/00c_monitor.ipynb #2c70d530
+# %% ../nbs/00c_monitor.ipynb #9fbdf1dd
 def to_png(
     figure: Figure,  # a dashboard
     limit: int = 110_000,  # bytes; base64 makes a third more of them
 ) -> bytes:  # a PNG file
-    "Render a figure, at a lower resolution if it would be too large."
-    for dpi in (120, 100, 80, 60, 40):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi)
-        if len(buffer.getvalue()) <= limit: break
-    return buffer.getvalue()
+    "Render a figure with 64 colours, at a lower resolution if it would still be too large."
+    for dpi in (130, 110, 90, 70, 50):
+        raw, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(raw, format="png", dpi=dpi)
+        image = PILImage.open(raw).convert("RGB")
+        image.quantize(64, PILImage.Quantize.MAXCOVERAGE).save(small, format="png", optimize=True)
+        if len(small.getvalue()) <= limit: break
+    return small.getvalue()
 
-# %% ../nbs/00c_monitor.ipynb #6d085dd2
+# %% ../nbs/00c_monitor.ipynb #ce9e5abf
 def _table(head: list[str], body: list[list]) -> str:
     "An HTML table; every cell is escaped."
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
-    return (f'<div style="overflow-x:auto"><table><thead>{line(head, "th")}</thead>'
+    return (f'<div style="overflow-x:auto"><table style="min-width:44em"><thead>{line(head, "th")}</thead>'
             f'<tbody>{"".join(line(r, "td") for r in body)}</tbody></table></div>')
 
-# %% ../nbs/00c_monitor.ipynb #b7facceb
+# %% ../nbs/00c_monitor.ipynb #ea695b8b
 def dashboard_html(
     rows: list[dict],  # a log
     guards=(),  # their bands are drawn

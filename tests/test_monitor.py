@@ -1,5 +1,7 @@
 """The run log, the guards and the callback: synthetic series, hypothesis, and real runs of a tiny seeded Llama."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from deepseek_cookbook import monitor
@@ -498,7 +501,8 @@ def test_a_stopped_run_stays_stopped(tmp_path):
 
 def test_load_best_model_at_end_and_early_epoch_saves(tmp_path):
     options = dict(save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True, save_total_limit=2)
-    trainer, log = trainer_for(tiny(), tmp_path, [Poison(20)], metric_for_best_model="eval_loss", max_steps=40, **options)
+    options |= dict(metric_for_best_model="eval_loss", max_steps=40)
+    trainer, log = trainer_for(tiny(), tmp_path, [Poison(20)], **options)
     trainer.train()
     assert trainer.state.global_step == 20 and not (tmp_path / "checkpoint-20").exists()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
@@ -560,6 +564,8 @@ def test_dashboard_html_is_one_small_safe_section():
     assert "A &lt;title&gt;" in page and "&lt;b&gt;1 &amp; 2" in page and "http" not in page.replace(picture, "")
     assert "No guard spoke" in dashboard_html(rows_of("loss", [math.nan, 1.0]))
     dashboard_html([])
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")).astype(int)
+    assert pixels.shape[1] >= 800 and (pixels[..., 0] > pixels[..., 1] + 60).sum() > 50  # the red line of the event
 
 
 def test_tensorboard_writes_and_purges(tmp_path):
@@ -578,7 +584,8 @@ def test_tensorboard_writes_and_purges(tmp_path):
 def test_trackio_writes_offline(tmp_path):
     code = (
         "from deepseek_cookbook.runlog import *\n"
-        f"with MetricsLog({str(tmp_path / 'm.jsonl')!r}, make_trackers(['trackio'], {str(tmp_path / 'run')!r}, 'sft')) as log:\n"
+        f"trackers = make_trackers(['trackio'], {str(tmp_path / 'run')!r}, 'sft')\n"
+        f"with MetricsLog({str(tmp_path / 'm.jsonl')!r}, trackers) as log:\n"
         "    [log.log(i, loss=1.0) for i in range(3)]\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRACKIO")}
@@ -587,7 +594,8 @@ def test_trackio_writes_offline(tmp_path):
 
 
 def test_trackers_are_imported_only_when_asked_for():
-    code = "import sys, deepseek_cookbook.monitor; print([m for m in ('tensorboard', 'trackio', 'wandb') if m in sys.modules])"
+    names = "('tensorboard', 'trackio', 'wandb')"
+    code = f"import sys, deepseek_cookbook.monitor; print([m for m in {names} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
