@@ -1,0 +1,56 @@
+"""The command line as a person meets it: help, one clear message for a mistake, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deepseek_cookbook.cli import app
+
+COMMAND = str(Path(sys.executable).with_name("deepseek-cookbook"))
+runner = CliRunner()
+
+
+def test_help_names_every_command_in_a_sentence():
+    out = runner.invoke(app, ["--help"]).stdout
+    for command in ("cook", "doctor", "plan", "settings", "fetch"):
+        assert command in out
+        one = runner.invoke(app, [command, "--help"])
+        assert one.exit_code == 0 and "Usage" in one.stdout
+
+
+@pytest.mark.parametrize("words, says", [
+    (["cook", "sft.learning_rat=1"], "learning_rate"),
+    (["cook", "sft.max_steps=many"], "max_steps"),
+    (["cook", "sft"], "section.key=value"),
+    (["cook", "-p", "tiny", "sft.save_steps=3"], "[sft]"),  # no multiple of eval_steps: trl.SFTConfig refuses it
+    (["cook", "-p", "labtop"], "laptop"),
+    (["cook", "-p", "tiny", "--only", "stf"], "sft"),
+    (["cook", "-p", "tiny", "model.name=tiny-lama"], "tiny-llama"),
+    (["cook", "-p", "tiny", "data.source=chatterbot:englisch"], "english"),
+    (["cook", "-p", "tiny", "data.source=missing.jsonl"], "missing.jsonl"),
+    (["settings", "model.nam=x"], "name"),
+])
+def test_a_mistake_is_one_message_and_exit_code_1(tmp_path, words, says):
+    result = runner.invoke(app, [*words, *([f"run.folder={tmp_path}"] if words[0] == "cook" else [])])
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("Error: ") and says in result.stderr and "Traceback" not in result.output
+
+
+def test_a_settings_file_with_a_typo_names_its_line(tmp_path):
+    (tmp_path / "settings.ini").write_text("[sft]\n\nlearning_rat = 1\n")
+    done = subprocess.run([COMMAND, "cook"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "settings.ini:3: [sft] learning_rat" in done.stderr and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.ini"]
+
+
+def test_settings_are_shown_typed():
+    out = runner.invoke(app, ["settings", "-p", "gpu", "lora.r=64"]).stdout
+    assert "r = 64" in out and "deepseek-llm-7b-base" in out
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, deepseek_cookbook.cli; print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
