@@ -32,15 +32,14 @@ class Shape:
     @property
     def attention(self) -> int:  # parameters of one block's attention
         if self.latent: return self.latent.parameters(self.hidden, self.heads)
-        width = self.head_dim or self.hidden//self.heads
-        rows = (self.heads + 2*self.kv_heads)*width
-        return self.hidden*(rows + self.heads*width) + (rows if self.qkv_bias else 0)
+        width, biases = self.head_dim or self.hidden//self.heads, self.qkv_bias*(self.heads + 2*self.kv_heads)
+        return width*(2*self.hidden*(self.heads + self.kv_heads) + biases)
     @property
     def embeddings(self) -> int: return self.vocab*self.hidden*(2 - self.tied)  # input and output matrix
     @property
     def parameters(self) -> int:  # of the whole model
         feed_forward = self.experts.parameters(self) if self.experts else 3*self.hidden*self.intermediate*self.layers
-        return self.embeddings + self.layers*self.attention + feed_forward + self.hidden*(2*self.layers + 1)  # norms last
+        return self.embeddings + self.layers*self.attention + feed_forward + self.hidden*(2*self.layers + 1)
 
 # %% ../nbs/00g_registry.ipynb #3887639d
 @dataclass(frozen=True)
