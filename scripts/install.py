@@ -41,14 +41,14 @@ def run(*command, hint=INDEX_HELP):
 def check_python():
     if sys.version_info < (3, 11):
         found = ".".join(map(str, sys.version_info[:3]))
-        stop("Python 3.11 or newer is needed, {} is {}. Name another one: make cook PYTHON=python3.11".format(
-            sys.executable, found))
+        stop(f"Python 3.11 or newer is needed, {sys.executable} is {found}. "
+             "Name another one: make cook PYTHON=python3.11")
 
 
 def check_disk(need=4 * 2**30):
     free = shutil.disk_usage(ROOT).free
     if free < need and not os.path.exists(PYTHON):
-        stop("about 4 GB are needed for .venv, {:.1f} GB are free in {}.".format(free / 1e9, ROOT))
+        stop(f"about 4 GB are needed for .venv, {free / 1e9:.1f} GB are free in {ROOT}.")
 
 
 def pinned(name):
@@ -56,7 +56,7 @@ def pinned(name):
         for line in f:
             if line.lower().startswith(name + "=="):
                 return line.strip()
-    stop("constraints.txt has no line {}==...".format(name))
+    stop(f"constraints.txt has no line {name}==...")
 
 
 def make_venv():
@@ -65,7 +65,8 @@ def make_venv():
     if whole:
         return
     shutil.rmtree(VENV, ignore_errors=True)
-    run(sys.executable, "-m", "venv", VENV, hint="On Debian and Ubuntu the module is in a package: apt install python3-venv")
+    run(sys.executable, "-m", "venv", VENV,
+        hint="On Debian and Ubuntu the module is in a package: apt install python3-venv")
 
 
 def install(extras):
@@ -76,7 +77,7 @@ def install(extras):
     print("2 of 4  torch, the largest package", flush=True)
     run(*(pip + [pinned("torch")]))
     print("3 of 4  the other pinned packages, one to three minutes", flush=True)
-    run(*(pip + ["-c", CONSTRAINTS, "-e", "{}[{}]".format(ROOT, extras)]))
+    run(*(pip + ["-c", CONSTRAINTS, "-e", f"{ROOT}[{extras}]"]))
     print("4 of 4  the embedded model (93 MB)", flush=True)
     run(os.path.join(BIN, "deepseek-cookbook"), "fetch", hint="See the message above.")
     with open(os.path.join(VENV, ".installed"), "w") as f:

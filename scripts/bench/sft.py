@@ -102,7 +102,8 @@ def main():
                 sys.exit(done.stderr[-3000:])
             runs[name].append(json.loads(done.stdout.split("RESULT ")[-1].splitlines()[0]))
             print(name, runs[name][-1], file=sys.stderr, flush=True)
-    table = Table(title=f"SFT, profile {args.profile}, {platform.machine()}, {os.cpu_count()} cores, mean of {args.rounds}")
+    where = f"{platform.machine()}, {os.cpu_count()} cores"
+    table = Table(title=f"SFT, profile {args.profile}, {where}, mean of {args.rounds}")
     for column in ("", "tokens/s", "tokens/CPU s", "to bare", "peak GiB", "last loss"):
         table.add_column(column, justify="left" if not column else "right")
     rate = {n: sum(r["tokens"] for r in rs) / sum(r["wall"] for r in rs) for n, rs in runs.items()}
