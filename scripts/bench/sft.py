@@ -74,8 +74,8 @@ def child(args):
     from deepseek_cookbook.settings import load_settings
 
     settings = load_settings(args.profile, [
-        f"sft.num_train_epochs={args.epochs}", f"sft.max_steps={args.steps}", "sft.eval_strategy=no", "sft.save_steps=100000",
-        "sft.load_best_model_at_end=false", "sft.disable_tqdm=true", *args.set])
+        f"sft.num_train_epochs={args.epochs}", f"sft.max_steps={args.steps}", "sft.eval_strategy=no",
+        "sft.save_steps=100000", "sft.load_best_model_at_end=false", "sft.disable_tqdm=true", *args.set])
     with tempfile.TemporaryDirectory() as folder:
         print("RESULT " + json.dumps(contender(args.child, settings, folder)))
 
@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--profile", default=os.environ.get("DSC_PROFILE", "laptop"))
     parser.add_argument("--steps", type=int, default=-1, help="training steps; -1: one whole epoch")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--rounds", type=int, default=1, help="each round runs all contenders, every second one backwards")
+    parser.add_argument("--rounds", type=int, default=1, help="of all contenders, every second one backwards")
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as sft.bf16=false")
     parser.add_argument("--only", nargs="*", default=CONTENDERS[:3])
     parser.add_argument("--child")
