@@ -6,7 +6,7 @@
 __all__ = ['PANELS', 'scale_lr', 'best_checkpoint', 'load_weights', 'peak_memory_gib', 'MonitorCallback', 'plot_dashboard',
            'to_png', 'dashboard_html']
 
-# %% ../nbs/00c_monitor.ipynb #e159265d
+# %% ../nbs/00c_monitor.ipynb #73904788
 import base64, html, io, math, sys, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from .guards import Action, Decision, Guard, MonitorConfig, Watch, judge, make_guards, smooth
 from .runlog import METRICS, MetricsLog, MonitorError, Series, make_trackers, read_metrics, series
 
-# %% ../nbs/00c_monitor.ipynb #57d0a7ee
+# %% ../nbs/00c_monitor.ipynb #2e32085b
 def scale_lr(
     optimizer,  # a torch optimizer
     scheduler,  # its scheduler, or None
@@ -33,7 +33,7 @@ def scale_lr(
             if hasattr(part, name): setattr(part, name, [lr * factor for lr in getattr(part, name)])
     return float(optimizer.param_groups[0]["lr"])
 
-# %% ../nbs/00c_monitor.ipynb #455d895f
+# %% ../nbs/00c_monitor.ipynb #a8d84ec6
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 def best_checkpoint(
@@ -45,11 +45,11 @@ def best_checkpoint(
     there = {int(p.name.rpartition("-")[2]): p for p in Path(folder).glob("checkpoint-*")
              if p.name.rpartition("-")[2].isdigit() and any(next(p.rglob(w), None) for w in _WEIGHTS)}
     s = series(rows, "eval_loss")
-    scored = {step: v for step, v in zip(s.steps.tolist(), s.values) if step in there and math.isfinite(v)}
+    scored = {step: v for step, v in zip(s.steps.tolist(), s.values, strict=True) if step in there and math.isfinite(v)}
     if scored: return there[min(scored, key=scored.get)]
     return there[max(sound)] if (sound := [step for step in there if step <= since]) else None
 
-# %% ../nbs/00c_monitor.ipynb #35601967
+# %% ../nbs/00c_monitor.ipynb #cf6e9d58
 def load_weights(
     model,  # a transformers or PEFT model; changed in place
     folder: str | Path,  # a checkpoint that the trainer wrote
@@ -71,7 +71,7 @@ def load_weights(
             raise MonitorError(f"{folder}: not a checkpoint of this model; missing {sorted(lost)[:3]}, "
                                f"unexpected {result.unexpected_keys[:3]}.")
 
-# %% ../nbs/00c_monitor.ipynb #a46f6b61
+# %% ../nbs/00c_monitor.ipynb #8b76803e
 def peak_memory_gib() -> float:
     "The highest memory so far, in GiB: allocated on the GPU, else resident in this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
@@ -81,7 +81,7 @@ def peak_memory_gib() -> float:
         return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-# %% ../nbs/00c_monitor.ipynb #e0dfe8bd
+# %% ../nbs/00c_monitor.ipynb #7bb036ea
 class MonitorCallback(TrainerCallback):
     "Logs what a `transformers` trainer reports, lets guards judge it, and does what they ask for."
     def __init__(self,
@@ -106,7 +106,7 @@ class MonitorCallback(TrainerCallback):
         "End training after this step; `on_train_end` restores."
         self.stopped = {"guard": decision.guard, "step": decision.step, "since": decision.since}
 
-# %% ../nbs/00c_monitor.ipynb #ff58e6af
+# %% ../nbs/00c_monitor.ipynb #38afc3b7
 @patch
 def _check(self: MonitorCallback, args):
     "Before the first step: could a stop be followed by a restore?"
@@ -131,7 +131,7 @@ def on_train_begin(self: MonitorCallback, args, state, control, optimizer=None, 
     self.busy, self.last = 0.0, (state.global_step, 0 if state.global_step == 0 else None)
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #3b35cf07
+# %% ../nbs/00c_monitor.ipynb #62031252
 @patch
 def _hold(self: MonitorCallback, control):
     "After a stop: no further step, and no checkpoint or evaluation of sick weights."
@@ -153,7 +153,7 @@ def on_epoch_end(self: MonitorCallback, args, state, control, **kwargs):
     "An epoch's end may ask for a checkpoint, too."
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #dfa19fff
+# %% ../nbs/00c_monitor.ipynb #2147e0d0
 @patch
 def on_log(self: MonitorCallback, args, state, control, logs=None, **kwargs):
     "Every row that the trainer reports: log it, judge it."
@@ -162,7 +162,7 @@ def on_log(self: MonitorCallback, args, state, control, logs=None, **kwargs):
     self.watch.step(state.global_step, **metrics)
     self._hold(control)
 
-# %% ../nbs/00c_monitor.ipynb #7b4cab60
+# %% ../nbs/00c_monitor.ipynb #b6959394
 @patch
 def _speed(self: MonitorCallback, args, state, metrics: dict) -> dict:
     "Throughput since the last row, and peak memory."
@@ -188,7 +188,7 @@ def on_train_end(self: MonitorCallback, args, state, control, model=None, **kwar
     load_weights(model, best)
     self.log.event(state.global_step, "restored", self.stopped["guard"], f"the model has the weights of {best.name}")
 
-# %% ../nbs/00c_monitor.ipynb #1dac9a0b
+# %% ../nbs/00c_monitor.ipynb #327d46c7
 PANELS = {
     "Training loss": ("loss",), "Validation loss": ("eval_loss",), "PPO loss": ("ppo_loss",),
     "Learning rate": ("learning_rate",), "Gradient norm": ("grad_norm",), "KL to the reference (nats)": ("kl",),
@@ -198,10 +198,10 @@ PANELS = {
 }
 _INK, _SICK = ("#1d5b82", "#c26a1b"), "#b3353f"
 
-# %% ../nbs/00c_monitor.ipynb #8146dcb8
+# %% ../nbs/00c_monitor.ipynb #dced6f71
 def _draw(ax, title: str, lines: dict[str, Series], events: list[dict], band):
     "One panel: raw values, running medians, band, events."
-    for color, (name, s) in zip(_INK, lines.items()):
+    for color, (name, s) in zip(_INK, lines.items(), strict=False):
         busy = len(s.steps) > 20 and name != "learning_rate"
         ax.plot(s.steps, np.where(np.isfinite(s.values), s.values, np.nan), color=color, alpha=0.3 if busy else 1,
                 lw=1 if busy else 1.8, marker="o" if len(s.steps) <= 20 else None, ms=3)
@@ -219,7 +219,7 @@ def _draw(ax, title: str, lines: dict[str, Series], events: list[dict], band):
                     fontsize=9, ha="right", va="top")
     ax.set_title(title + (f" · band {band[0]:g}-{band[1]:g}" if band else ""), loc="left", fontsize=11)
 
-# %% ../nbs/00c_monitor.ipynb #399623bf
+# %% ../nbs/00c_monitor.ipynb #85e25720
 def plot_dashboard(
     rows: list[dict],  # a log: `MetricsLog.rows` or `read_metrics(path)`
     guards=(),  # their bands are drawn
@@ -234,7 +234,7 @@ def plot_dashboard(
     if not panels: figure.text(0.5, 0.5, "no metrics yet", ha="center")
     axes = figure.subplots(deep, 2, squeeze=False).ravel() if panels else []
     bands = {g.metric: g.band for g in guards if g.band}
-    for ax, (title, lines) in zip(axes, panels.items()):
+    for ax, (title, lines) in zip(axes, panels.items(), strict=False):
         _draw(ax, title, lines, [r for r in rows if r.get("metric") in lines and "event" in r],
               next((bands[m] for m in lines if m in bands), None))
         ax.grid(alpha=0.25); ax.spines[["top", "right"]].set_visible(False)
@@ -242,7 +242,7 @@ def plot_dashboard(
     for ax in axes[len(panels):]: ax.set_visible(False)
     return figure
 
-# %% ../nbs/00c_monitor.ipynb #9fbdf1dd
+# %% ../nbs/00c_monitor.ipynb #4ccdfa44
 def to_png(
     figure: Figure,  # a dashboard
     limit: int = 110_000,  # bytes; base64 makes a third more of them
@@ -256,14 +256,14 @@ def to_png(
         if len(small.getvalue()) <= limit: break
     return small.getvalue()
 
-# %% ../nbs/00c_monitor.ipynb #ce9e5abf
+# %% ../nbs/00c_monitor.ipynb #6c803b48
 def _table(head: list[str], body: list[list]) -> str:
     "An HTML table; every cell is escaped."
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
     return (f'<div style="overflow-x:auto"><table style="min-width:44em"><thead>{line(head, "th")}</thead>'
             f'<tbody>{"".join(line(r, "td") for r in body)}</tbody></table></div>')
 
-# %% ../nbs/00c_monitor.ipynb #ea695b8b
+# %% ../nbs/00c_monitor.ipynb #84dff4e1
 def dashboard_html(
     rows: list[dict],  # a log
     guards=(),  # their bands are drawn
