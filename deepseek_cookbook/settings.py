@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'PROFILES', 'RunConfig', 'ModelConfig', 'SettingsError', 'nearest', 'section_class', 'parse_value',
-           'find_settings', 'read_ini', 'Settings', 'load_settings', 'WriteError', 'atomic_write', 'write_json',
-           'read_json', 'write_jsonl', 'read_jsonl', 'RunFolder']
+           'find_settings', 'read_ini', 'Settings', 'load_settings', 'WriteError', 'ReadError', 'atomic_write',
+           'write_json', 'write_jsonl', 'read_json', 'read_jsonl', 'RunFolder']
 
 # %% ../nbs/00_settings.ipynb #1ff5aaae
 import configparser, difflib, hashlib, json, os, tempfile
@@ -69,16 +69,19 @@ def parse_value(
 ) -> Any:  # the value, typed
     "Turn the text of a setting into the type that its dataclass field asks for."
     from pydantic import TypeAdapter, ConfigDict
-    try: adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    try: adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except Exception: adapter = TypeAdapter(hint)  # a dataclass or model brings its own config
     text = text.strip()
     if text.lower() == "none":
         try: return adapter.validate_python(None)
         except ValueError: pass
-    if text[:1] in "[{" and text[-1:] in "]}":
-        try: return adapter.validate_python(json.loads(text))
-        except json.JSONDecodeError as e: raise ValueError(f"not valid JSON: {e.msg}") from None
+    if text.startswith(("[", "{")) and text.endswith(("]", "}")):
+        try: return adapter.validate_python(json.loads(text, parse_constant=_refuse))
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise ValueError(f"not valid JSON: {getattr(e, 'msg', 'nested too deeply')}") from None
     return adapter.validate_strings(text)
+
+def _refuse(constant: str): raise ValueError(f"{constant} is not a finite number")
 
 # %% ../nbs/00_settings.ipynb #b3e0d4dd
 def _line_of(text: str, section: str, key: str | None = None) -> int:
@@ -108,22 +111,40 @@ def read_ini(
 ) -> configparser.ConfigParser:  # its sections, values as text
     "Read a settings file; a file that can't be read is a `SettingsError`."
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",), default_section="\0")
-    try: parser.read_string(Path(path).read_text(encoding="utf-8-sig"), source=str(path))
-    except FileNotFoundError: raise SettingsError(f"{path}: no such settings file. Copy settings.ini here or pass path=…") from None
-    except (configparser.Error, UnicodeDecodeError, OSError) as e: raise SettingsError(f"{path}: {e}. Correct the file and run again.") from None
+    try: parser.read_string(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such settings file. Copy settings.ini here or pass path=…") from None
+    except configparser.Error as e:
+        raise SettingsError(f"{path}:{_complaint(e)}. Correct the file and run again.") from None
+    except UnicodeDecodeError as e:
+        raise SettingsError(f"{path}: byte {e.start + 1} is no UTF-8. Save the file as UTF-8 and run again.") from None
+    except OSError as e:
+        raise SettingsError(f"{path}: {e.strerror}. Give the path of a settings file.") from None
     return parser
 
+def _complaint(e: configparser.Error) -> str:
+    "`<line>: what is wrong` for an error of configparser."
+    if isinstance(e, configparser.DuplicateOptionError): return f"{e.lineno}: [{e.section}] {e.option}: set twice"
+    if isinstance(e, configparser.DuplicateSectionError): return f"{e.lineno}: [{e.section}]: a second one"
+    if isinstance(e, configparser.MissingSectionHeaderError):
+        return f"{e.lineno}: {e.line.strip()!r} stands before the first [section]"
+    line, text = e.errors[0]
+    return f"{line}: {text} is no `key = value`"
+
 # %% ../nbs/00_settings.ipynb #568bbd36
-def _where(path, text, section, key=None): return f"{path}:{_line_of(text, section, key)}: [{section}]" + (f" {key}" if key else "")
+def _where(path, text, section, key=None) -> str:
+    return f"{path}:{_line_of(text, section, key)}: [{section}]" + (f" {key}" if key else "")
 
 def _split(path, text, section: str) -> tuple[str, str | None]:
     "`sft.tiny` -> `('sft', 'tiny')`, with both parts checked."
     phase, _, profile = section.partition(".")
-    if phase not in SECTIONS: raise SettingsError(f"{_where(path, text, section)}: unknown section {phase!r}.{nearest(phase, SECTIONS)}")
+    where = _where(path, text, section)
+    if phase not in SECTIONS: raise SettingsError(f"{where}: unknown section {phase!r}.{nearest(phase, SECTIONS)}")
     if profile and profile not in PROFILES:
-        raise SettingsError(f"{_where(path, text, section)}: unknown profile {profile!r}.{nearest(profile, PROFILES)}")
+        raise SettingsError(f"{where}: unknown profile {profile!r}.{nearest(profile, PROFILES)}")
     return phase, profile or None
 
+# %% ../nbs/00_settings.ipynb #0349e2fc
 def _typed(section: str, items: dict[str, str], hints: dict, where) -> dict[str, Any]:
     "The items of one section as typed values."
     out = {}
@@ -131,13 +152,14 @@ def _typed(section: str, items: dict[str, str], hints: dict, where) -> dict[str,
         if key not in hints: raise SettingsError(f"{where(key)} = {text!r}: unknown key.{nearest(key, hints)}")
         try: out[key] = parse_value(text, hints[key])
         except ValueError as e:
-            why = e.errors()[0]["msg"] if hasattr(e, "errors") else str(e)
-            raise SettingsError(f"{where(key)} = {text!r}: {why} (the field's type is {_type_name(hints[key])}).") from None
+            why, kind = e.errors()[0]["msg"] if hasattr(e, "errors") else str(e), _type_name(hints[key])
+            raise SettingsError(f"{where(key)} = {text!r}: {why} (the field's type is {kind}).") from None
     return out
 
-def _type_name(hint) -> str: return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def _type_name(hint) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
-# %% ../nbs/00_settings.ipynb #0349e2fc
+# %% ../nbs/00_settings.ipynb #0482bd52
 @dataclass
 class Settings:
     "The settings of one profile, typed."
@@ -149,7 +171,11 @@ class Settings:
 
     def build(self, section: str, **extra) -> Any:
         "The section's dataclass, filled; `extra` holds what only the caller knows, such as `output_dir`."
-        return section_class(section)(**{**self.values[section], **extra})
+        cls = section_class(section)
+        try: return cls(**{**self.values[section], **extra})
+        except Exception as e:
+            raise SettingsError(f"{self.path}: [{section}], profile {self.profile}: {e} "
+                                f"({cls.__name__} refuses these values)") from e
 
     def digest(self, *sections: str) -> str:
         "A hash of the values in `sections`: equal values, equal hash."
@@ -166,10 +192,13 @@ def _override(text: str) -> tuple[str, str, str]:
     "`sft.learning_rate=2e-5` -> `('sft', 'learning_rate', '2e-5')`."
     name, eq, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not (eq and dot and key): raise SettingsError(f"override {text!r}: write it as section.key=value, for example sft.learning_rate=2e-5")
-    if section not in SECTIONS: raise SettingsError(f"override {text!r}: unknown section {section!r}.{nearest(section, SECTIONS)}")
+    if not (eq and dot and key):
+        raise SettingsError(f"override {text!r}: write it as section.key=value, for example sft.learning_rate=2e-5")
+    if section not in SECTIONS:
+        raise SettingsError(f"override {text!r}: unknown section {section!r}.{nearest(section, SECTIONS)}")
     return section, key, value
 
+# %% ../nbs/00_settings.ipynb #f7a00f42
 def load_settings(
     profile: str | None = None,  # tiny | laptop | gpu | cluster; else $DSC_PROFILE, else laptop
     overrides=(),  # texts such as "sft.learning_rate=2e-5"
@@ -196,6 +225,9 @@ def load_settings(
 class WriteError(RuntimeError):
     "An output could not be written; the old file, if there was one, is untouched."
 
+class ReadError(ValueError):
+    "A file of an earlier phase is missing or damaged; the message names it."
+
 @contextmanager
 def atomic_write(
     path: str | Path,  # the final name
@@ -213,36 +245,51 @@ def atomic_write(
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except OSError as e:
-        raise WriteError(f"{path}: {e.strerror or e}. Free some space or choose another folder (run.folder), then run again.") from e
+        raise WriteError(f"{path}: {e.strerror or e}. Free some space or choose another folder (run.folder), "
+                         "then run again.") from e
     finally:
         if tmp and os.path.exists(tmp): os.unlink(tmp)
 
 # %% ../nbs/00_settings.ipynb #0d743684
+def _dump(path, obj, **options) -> str:
+    "`obj` as JSON text that UTF-8 can hold."
+    try:
+        text = json.dumps(obj, ensure_ascii=False, allow_nan=False, **options)
+        text.encode("utf-8")
+        return text + "\n"
+    except ValueError as e:
+        raise WriteError(f"{path}: {e}. A number is not finite, or a text is cut inside a character.") from e
+
 def write_json(path: str | Path, obj) -> Path:
     "Write `obj` as indented JSON, atomically."
-    with atomic_write(path) as f: f.write(json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False, default=str) + "\n")
+    with atomic_write(path) as f: f.write(_dump(path, obj, indent=1, default=str))
     return Path(path)
-
-def read_json(path: str | Path):
-    "Read a JSON file; a file that is no JSON is a `ValueError` that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path}: not valid JSON ({e}). Delete it and run the phase again.") from None
 
 def write_jsonl(path: str | Path, rows) -> int:
     "Write one JSON object a line, atomically; returns the number of rows."
     n = 0
     with atomic_write(path) as f:
-        for n, row in enumerate(rows, 1): f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        for n, row in enumerate(rows, 1): f.write(_dump(path, row))
     return n
 
+# %% ../nbs/00_settings.ipynb #6b07b419
+def _text(path) -> str:
+    try: return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ReadError(f"{path}: {getattr(e, 'strerror', None) or e}. Run the phase that writes it again.") from None
+
+def _load(where, text: str):
+    try: return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ReadError(f"{where}: not valid JSON ({e}). Delete the file and run the phase again.") from None
+
+def read_json(path: str | Path):
+    "Read a JSON file; one that is missing or damaged is a `ReadError`."
+    return _load(path, _text(path))
+
 def read_jsonl(path: str | Path) -> list[dict]:
-    "Read a JSON Lines file that this package wrote; a bad line is a `ValueError` with its number."
-    rows = []
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            if line.strip(): rows.append(json.loads(line))
-        except ValueError as e: raise ValueError(f"{path}:{i}: not valid JSON ({e}). Delete the file and run the phase again.") from None
-    return rows
+    "Read a JSON Lines file that this package wrote; a bad line is a `ReadError` with its number."
+    return [_load(f"{path}:{i}", line) for i, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
 
 # %% ../nbs/00_settings.ipynb #417c680a
 @dataclass
