@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/01_data.formats.ipynb #5fdcecd0
-from ..settings import nearest, read_jsonl, write_jsonl
+from ..settings import nearest
 
 # %% ../../nbs/01_data.formats.ipynb #2e619c58
 @dataclass
@@ -25,17 +25,22 @@ class DataConfig:
 # %% ../../nbs/01_data.formats.ipynb #61c1cd2c
 FIELDS = {"instruction": str, "input": str, "output": str, "history": list}
 
-def _is_turn(turn) -> bool: return isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
+def _is_turn(turn) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
 
 def check_record(
     row,  # anything that a line of JSON can hold
 ) -> list[str]:  # one "field: what was found, what to do" each; empty if the record is sound
     "The faults of a record."
-    if not isinstance(row, dict): return [f"record: found {type(row).__name__}, write an object with {', '.join(FIELDS)}"]
-    faults = [f"{k}: missing, add it" + (" (it may be empty)" if k in ("input", "history") else "") for k in FIELDS if k not in row]
-    faults += [f"{k}: unknown field, remove it.{nearest(k, FIELDS)}" for k in row if k not in FIELDS]
-    faults += [f"{k}: found {type(row[k]).__name__}, write {t.__name__}" for k, t in FIELDS.items() if k in row and not isinstance(row[k], t)]
-    faults += [f"{k}: blank, write a text" for k in ("instruction", "output") if isinstance(row.get(k), str) and not row[k].strip()]
+    if not isinstance(row, dict):
+        return [f"record: found {type(row).__name__}, write an object with {', '.join(FIELDS)}"]
+    may = {"input": " (it may be empty)", "history": " (it may be empty)"}
+    faults = [f"{k}: missing, add it{may.get(k, '')}" for k in FIELDS if k not in row]
+    faults += [f"{k}: unknown field, remove it.{nearest(str(k), FIELDS)}" for k in row if k not in FIELDS]
+    wrong = [k for k, kind in FIELDS.items() if k in row and not isinstance(row[k], kind)]
+    faults += [f"{k}: found {type(row[k]).__name__}, write {FIELDS[k].__name__}" for k in wrong]
+    blank = [k for k in ("instruction", "output") if isinstance(row.get(k), str) and not row[k].strip()]
+    faults += [f"{k}: blank, write a text" for k in blank]
     if isinstance(row.get("history"), list) and not all(map(_is_turn, row["history"])):
         faults.append("history: write a list of [user, assistant] pairs of text")
     return faults
@@ -46,11 +51,16 @@ class DataError(ValueError):
 
 def _parse_line(line: bytes):
     "One line as a row and its faults."
-    try: row = json.loads(line.decode("utf-8"))
+    try:
+        row = json.loads(line.decode("utf-8"))
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as e: return None, [f"line: byte {e.start + 1} is no UTF-8, save the file as UTF-8"]
-    except (ValueError, RecursionError) as e: return None, [f"line: not valid JSON ({getattr(e, 'msg', e)}), write one object a line"]
+    except UnicodeEncodeError: return None, ["line: half a character (\\ud800 to \\udfff alone), write the whole one"]
+    except (ValueError, RecursionError) as e:
+        return None, [f"line: not valid JSON ({getattr(e, 'msg', e)}), write one object a line"]
     return row, check_record(row)
 
+# %% ../../nbs/01_data.formats.ipynb #4ff5011e
 def read_records(
     path: str | Path,  # a JSON Lines file with the four fields
     show: int = 20,  # faults listed in the error; all are counted
@@ -58,7 +68,9 @@ def read_records(
     "Read and check a four-field file; raises `DataError` with every fault."
     path = Path(path)
     try: lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as e: raise DataError(f"{path}: {e.strerror}. Give the path of a JSONL file (data.source).") from None
+    except (OSError, ValueError) as e:  # a NUL in the path is a ValueError
+        why = getattr(e, "strerror", None) or e
+        raise DataError(f"{path}: {why}. Give the path of a JSONL file (data.source).") from None
     rows, faults = [], []
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue
@@ -99,9 +111,11 @@ def corpus_folder(language: str) -> Path:
     import chatterbot_corpus
     root = Path(chatterbot_corpus.__file__).parent / "data"
     known = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if language not in known: raise DataError(f"data.source: no language {language!r} in chatterbot-corpus.{nearest(language, known)}")
+    if language not in known:
+        raise DataError(f"data.source: no language {language!r} in chatterbot-corpus.{nearest(language, known)}")
     return root / language
 
+# %% ../../nbs/01_data.formats.ipynb #7d03035e
 def chatterbot_records(
     language: str = "english",  # english, chinese, … : a folder of the corpus
     topic: str | None = None,  # coding, tech_support, … ; all topics by default
@@ -110,16 +124,17 @@ def chatterbot_records(
     import yaml
     files = sorted(corpus_folder(language).glob("*.yml"))
     topics = [f.stem for f in files]
-    if topic and topic not in topics: raise DataError(f"data.source: no topic {topic!r} in {language}.{nearest(topic, topics)}")
+    if topic and topic not in topics:
+        raise DataError(f"data.source: no topic {topic!r} in {language}.{nearest(topic, topics)}")
     records, rejected = [], []
     for file in (f for f in files if topic in (None, f.stem)):
         for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             sound = isinstance(entry, list) and len(entry) > 1
-            rows = _entry_records(entry, file.stem in DIALOGUES) if sound else [entry]
-            for row in rows:
-                faults = check_record(row)
-                if faults: rejected.append(dict(reason="malformed", source=f"{language}/{file.stem}", detail=faults, row=row))
-                else: records.append(row)
+            for row in _entry_records(entry, file.stem in DIALOGUES) if sound else [entry]:
+                if not (faults := check_record(row)): records.append(row)
+                else:
+                    source = f"{language}/{file.stem}"
+                    rejected.append(dict(reason="malformed", source=source, detail=faults, row=row))
     return records, rejected
 
 # %% ../../nbs/01_data.formats.ipynb #4ab8fde9

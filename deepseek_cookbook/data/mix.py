@@ -16,7 +16,8 @@ from ..settings import RunFolder, Settings, write_jsonl
 # %% ../../nbs/01b_data.mix.ipynb #44186c41
 def _fold(text: str) -> str: return " ".join(text.casefold().split())
 
-def _key(record: dict) -> tuple: return (*(_fold(record[k]) for k in ("instruction", "input", "output")), str(record["history"]))
+def _key(record: dict) -> tuple:
+    return (*(_fold(record[k]) for k in ("instruction", "input", "output")), str(record["history"]))
 
 def drop_copies(
     records: list[dict],  # four-field records
@@ -37,24 +38,29 @@ def split_records(
     seed: int = 42,  # the run's seed
 ) -> tuple[list[dict], list[dict]]:  # train, validation
     "Split by question; no question is on both sides."
-    if not 0 < validation < 1: raise DataError(f"data.validation = {validation}: write a share between 0 and 1, such as 0.12")
+    if not 0 < validation < 1:
+        raise DataError(f"data.validation = {validation}: write a share between 0 and 1, such as 0.12")
     groups = {}
     for r in records: groups.setdefault(_fold(r["instruction"]), []).append(r)
-    if len(groups) < 2: raise DataError(f"data: {len(groups)} different questions, at least 2 are needed to hold one out. Add records or choose another data.source.")
+    if len(groups) < 2:
+        raise DataError(f"data: {len(groups)} different questions, at least 2 are needed to hold one out. "
+                        "Add records or choose another data.source.")
     questions = sorted(groups)
     random.Random(seed).shuffle(questions)
     n = min(max(1, round(validation * len(questions))), len(questions) - 1)
     side = lambda qs: [r for q in qs for r in groups[q]]
     return side(questions[n:]), side(questions[:n])
 
-# %% ../../nbs/01b_data.mix.ipynb #230c0a9e
+# %% ../../nbs/01b_data.mix.ipynb #a254c356
 def _limited(records: list[dict], limit: int | None, seed: int) -> tuple[list[dict], list[dict]]:
     "At most `limit` records, and the others as rejected rows."
+    if limit is not None and limit < 1: raise DataError(f"data.limit = {limit}: write a number from 1 on, or none")
     if limit is None or limit >= len(records): return records, []
     keep = set(random.Random(seed).sample(range(len(records)), limit))
     rest = [dict(reason="over_limit", row=r) for i, r in enumerate(records) if i not in keep]
     return [r for i, r in enumerate(records) if i in keep], rest
 
+# %% ../../nbs/01b_data.mix.ipynb #230c0a9e
 def data_phase(
     settings: Settings,  # its [data] and [run] sections
     run: RunFolder,  # where the files go
@@ -68,5 +74,7 @@ def data_phase(
     train, validation = split_records(records, config.validation, seed)
     rejected += copies + over
     folder = run.phase("data")
-    for name, rows in dict(train=train, validation=validation, rejected=rejected).items(): write_jsonl(folder / f"{name}.jsonl", rows)
-    return dict(source=config.source, read=read, train=len(train), validation=len(validation), rejected=dict(Counter(r["reason"] for r in rejected)), first=train[0])
+    for name, rows in dict(train=train, validation=validation, rejected=rejected).items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return dict(source=config.source, read=read, train=len(train), validation=len(validation),
+                rejected=dict(Counter(r["reason"] for r in rejected)), first=train[0])
