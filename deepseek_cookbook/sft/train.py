@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from ..data.formats import to_messages
 from ..models import load_model, load_tokenizer, precision
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
+from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
 
 # %% ../../nbs/03c_sft.train.ipynb #36e47e52
@@ -33,11 +34,14 @@ def to_dataset(
     max_length: int | None = None,  # tokens; the first record's answer must begin before it
 ) -> Dataset:  # one column: messages
     "Records as TRL wants them; raises `TrainError` if no token would be trained."
-    if not records: raise TrainError("no records to train on. Look into data/rejected.jsonl for the reasons, or set another data.source.")
+    if not records:
+        raise TrainError("no records to train on. Look into data/rejected.jsonl for the reasons, "
+                         "or set another data.source.")
     rows = [{"messages": to_messages(r)} for r in records]
     if not any(_answer_tokens(tokenizer, r["messages"], max_length) for r in rows[:32]):
-        raise TrainError("the chat template marks no assistant token in the first 32 records: it has no {% generation %} block, "
-                         f"or the answers begin after sft.max_length = {max_length} tokens. Use load_tokenizer, or raise sft.max_length.")
+        raise TrainError("the chat template marks no assistant token in the first 32 records: it has no "
+                         f"{{% generation %}} block, or the answers begin after sft.max_length = {max_length} tokens. "
+                         "Use load_tokenizer, or raise sft.max_length.")
     return Dataset.from_list(rows)
 
 def _answer_tokens(tokenizer, messages: list[dict], max_length: int | None) -> int:
@@ -52,6 +56,7 @@ def sft_config(
 ):  # trl.SFTConfig
     "The arguments of the trainer on this machine."
     machine = precision().arguments() | dict(dataloader_pin_memory=torch.cuda.is_available())
+    if "gradient_checkpointing" in settings["sft"]: del machine["activation_checkpointing"]  # two names of one switch
     seed = settings.build("run").seed
     extra = {k: v for k, v in machine.items() if k not in settings["sft"]}
     return settings.build("sft", output_dir=str(folder), seed=seed, report_to="none", **extra)
@@ -98,11 +103,12 @@ def told_plainly(folder: Path):
     except Exception as e:
         text, free = f"{type(e).__name__}: {e}", shutil.disk_usage(folder).free
         if "No space left" in text or "os error 28" in text or free < 10 * 2**20:
-            raise TrainError(f"the disk is full: {free / 2**20:.0f} MiB free in {folder}. Free some space, or set run.folder; "
-                             "then run again: training goes on from the last complete checkpoint.") from e
+            raise TrainError(f"the disk is full: {free / 2**20:.0f} MiB free in {folder}. Free some space, or set "
+                             "run.folder; then run again: training goes on from the last complete checkpoint.") from e
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-            raise TrainError("out of memory. Halve sft.per_device_train_batch_size and double sft.gradient_accumulation_steps, set "
-                             "sft.gradient_checkpointing=true, or model.quantization=nf4; `deepseek-cookbook plan` shows what fits.") from e
+            raise TrainError("out of memory. Halve sft.per_device_train_batch_size and double "
+                             "sft.gradient_accumulation_steps, set sft.activation_checkpointing=true, or "
+                             "model.quantization=nf4; `deepseek-cookbook plan` shows what fits.") from e
         raise
 
 # %% ../../nbs/03c_sft.train.ipynb #c971a6f9
@@ -112,14 +118,16 @@ def make_trainer(settings: Settings, train, validation, folder, model, tokenizer
         from peft import prepare_model_for_kbit_training
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = sft_config(settings, folder)
-    data = {name: to_dataset(rows, tokenizer, config.max_length) for name, rows in dict(train=train, eval=validation).items()}
-    trainer = SFTTrainer(model, config, train_dataset=data["train"], eval_dataset=data["eval"], processing_class=tokenizer,
-                         peft_config=settings.build("lora"), callbacks=list(callbacks))
+    data = dict(train_dataset=to_dataset(train, tokenizer, config.max_length),
+                eval_dataset=to_dataset(validation, tokenizer, config.max_length))
+    trainer = SFTTrainer(model, config, **data, processing_class=tokenizer, peft_config=settings.build("lora"),
+                         callbacks=list(callbacks))
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
     return trainer
 
+# %% ../../nbs/03c_sft.train.ipynb #1e953b4d
 def train_sft(
     settings: Settings,  # [model], [lora], [sft], [monitor], [run]
     train: list[dict],  # four-field records
@@ -133,8 +141,10 @@ def train_sft(
     transformers.set_seed(settings.build("run").seed)
     disable_progress_bars()  # of datasets: four bars of a tenth of a second each
     base, tokenizer = load_model(**settings["model"]), load_tokenizer(settings["model"]["name"])
-    with MetricsLog(folder / "metrics.jsonl") as log:
-        monitor = MonitorCallback(log, make_guards(settings.build("monitor")))
+    watch = settings.build("monitor")
+    trackers = make_trackers(watch.trackers, folder.parent, folder.name)
+    with MetricsLog(folder / "metrics.jsonl", trackers) as log:
+        monitor = MonitorCallback(log, make_guards(watch), lr_factor=watch.lr_factor)
         trainer = make_trainer(settings, train, validation, folder, base, tokenizer, [monitor])
         checkpoint = last_checkpoint(folder)
         with told_plainly(folder):
@@ -149,10 +159,11 @@ def sft_figures(trainer: SFTTrainer, rows: list[dict], checkpoint: Path | None) 
     losses = [(r["eval_loss"], r["step"]) for r in rows if "eval_loss" in r]
     speed = [r["tokens_per_second"] for r in rows if "tokens_per_second" in r]
     trainable, total = trainer.model.get_nb_trainable_parameters()
+    best, best_step = min(losses) if losses else (None, None)
     return dict(
         steps=trainer.state.global_step, resumed_from=checkpoint and checkpoint.name,
-        first_eval_loss=losses[0][0] if losses else None, best_eval_loss=min(losses)[0] if losses else None,
-        best_step=min(losses)[1] if losses else None, tokens_per_second=round(sum(speed) / len(speed), 1) if speed else None,
+        first_eval_loss=losses[0][0] if losses else None, best_eval_loss=best, best_step=best_step,
+        tokens_per_second=round(sum(speed) / len(speed), 1) if speed else None,
         trainable=trainable, trainable_share=round(trainable / total, 5), peak_memory_gib=round(peak_memory_gib(), 2),
         events=sum("event" in r for r in rows))
 
