@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'MACROS', 'SECTION_OF', 'render', 'minutes', 'data_section', 'sft_section', 'evaluate_section',
-           'outcome', 'phase_rows', 'figures', 'report_html', 'report_phase']
+           'outcome', 'phase_rows', 'figures', 'ReportError', 'report_html', 'report_phase']
 
 # %% ../nbs/10a_report.ipynb #7700a83c
 import datetime
@@ -30,16 +30,19 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bot
 th { color: var(--dim); font-weight: 600 } td.answer { min-width: 11rem; white-space: pre-wrap }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
 .figures div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
-.figures b { display: block; font-size: 1.35rem; color: var(--accent) } .figures span { font-size: .85rem; color: var(--dim) }
+.figures b { display: block; font-size: 1.35rem; color: var(--accent) }
+.figures span { font-size: .85rem; color: var(--dim) }
 img { max-width: 100%; border-radius: .4rem } code, pre { font-size: .85em } pre { overflow-x: auto }
 """
 
 # %% ../nbs/10a_report.ipynb #1d19b4e0
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>{{ style|safe }}</style></head><body>
 <h1>{{ title }}</h1><p class="sub">{{ model }} · {{ when }} · deepseek_cookbook {{ made_with.deepseek_cookbook }}</p>
-<div class="figures">{% for name, value in figures %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{% endfor %}</div>
+<div class="figures">{% for name, value in figures %}
+<div><b>{{ value }}</b><span>{{ name }}</span></div>{% endfor %}</div>
 <h2>Phases</h2>{{ table(["phase", "time", "peak memory", "what came out"], phases) }}
 {% for section in sections %}{{ section|safe }}{% endfor %}
 <h2>To do it again</h2><pre>{{ command }}</pre>
@@ -47,8 +50,9 @@ PAGE = """<!doctype html>
 <details><summary>Settings</summary>{{ table(["key", "value"], settings) }}</details>
 </body></html>"""
 
-MACROS = """{% macro table(head, rows, wide=()) %}<div class="scroll"><table><thead><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}
-</tr></thead><tbody>{% for row in rows %}<tr>{% for cell in row %}<td{% if wide %} class="answer"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+MACROS = """{% macro table(head, rows, wide=()) %}<div class="scroll"><table><thead><tr>
+{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>{% for row in rows %}<tr>
+{% for cell in row %}<td{% if wide %} class="answer"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endmacro %}"""
 
 def render(template: str, **values) -> str:
@@ -56,73 +60,89 @@ def render(template: str, **values) -> str:
     return Environment(autoescape=True).from_string(MACROS + template).render(**values)
 
 # %% ../nbs/10a_report.ipynb #a8efb056
-def minutes(seconds: float) -> str: return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+def minutes(seconds: float) -> str:
+    "A duration in words: seconds below a minute and a half, then minutes."
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 def data_section(record: dict, **_) -> str:
     "Counts, and the reasons of rejection."
     r = record["result"]
     rows = [("read", r["read"]), ("train", r["train"]), ("validation", r["validation"])]
     rows += [(f"rejected: {reason.replace('_', ' ')}", n) for reason, n in r["rejected"].items()]
-    return render("""<h2>Data</h2><p>Source: <code>{{ r.source }}</code>. Every row that was read is in one of the files; the
-rejected ones stand in <code>rejected.jsonl</code> with their reason. No question is on both sides of the split.</p>
-{{ table(["rows", "number"], rows) }}""", r=r, rows=rows)
+    return render("""<h2>Data</h2><p>Source: <code>{{ r.source }}</code>. Every row that was read is in one of the
+files; the rejected ones stand in <code>rejected.jsonl</code> with their reason. No question is on both sides of the
+split.</p>{{ table(["rows", "number"], rows) }}""", r=r, rows=rows)
 
+# %% ../nbs/10a_report.ipynb #a13e850d
 def sft_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
     "The dashboard of the training run; the picture is also left as a PNG."
     rows, guards = read_metrics(run.root / "sft" / "metrics.jsonl"), make_guards(settings.build("monitor"))
     plot_dashboard(rows, guards).savefig(run.phase("sft") / "dashboard.png", dpi=100)
     r = record["result"]
-    facts = render("""<p>{{ r.trainable }} trained weights, {{ share }} of all; {{ r.steps }} steps{% if r.resumed_from %}, resumed from
-{{ r.resumed_from }}{% endif %}; best held-out loss {{ r.best_eval_loss }} at step {{ r.best_step }}.</p>""",
-                   r=r, share=f"{r['trainable_share']:.2%}")
+    facts = render("""<p>{{ r.trainable }} trained weights, {{ share }} of all; {{ r.steps }} steps
+{%- if r.resumed_from %}, resumed from {{ r.resumed_from }}{% endif %}; best held-out loss {{ r.best_eval_loss }}
+at step {{ r.best_step }}.</p>""", r=r, share=f"{r['trainable_share']:.2%}")
     return dashboard_html(rows, guards, "Supervised fine-tuning").replace("</h2>", "</h2>" + facts, 1)
 
+# %% ../nbs/10a_report.ipynb #9e513839
 def evaluate_section(record: dict, **_) -> str:
     "Losses with their interval, and answers side by side."
     r = record["result"]
     rows = [(name, r[name]["loss"], r[name]["perplexity"]) for name in ("before", "after")]
     answers = [(a["question"], a["reference"], a["before"], a["after"]) for a in r["answers"]]
-    return render("""<h2>Before and after</h2><p>Held-out loss on {{ r.records }} records ({{ r.tokens }} answer tokens{% if r.cut %},
-{{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }} (paired bootstrap over records).</p>
-{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
-<h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not truer: read them.</p>
-{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""", r=r, rows=rows, answers=answers,
-                  fall=f"{r['fall']:.1%}", low=f"{r['fall_interval'][0]:.1%}", high=f"{r['fall_interval'][1]:.1%}")
+    low, high = (f"{end:.1%}" for end in r["fall_interval"])
+    return render("""<h2>Before and after</h2><p>Held-out loss on {{ r.records }} records ({{ r.tokens }} answer tokens
+{%- if r.cut %}, {{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }}
+(paired bootstrap over records).</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
+<h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not
+truer: read them.</p>{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""",
+                  r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high)
 
-# %% ../nbs/10a_report.ipynb #a13e850d
+# %% ../nbs/10a_report.ipynb #b08a42c0
 SECTION_OF = {"data": data_section, "sft": sft_section, "evaluate": evaluate_section}
 
 def outcome(name: str, r: dict) -> str:
     "One line on what a phase brought."
-    if name == "data": return f"{r['train']} train, {r['validation']} validation, {sum(r['rejected'].values())} rejected"
-    if name == "sft": return f"{r['steps']} steps, {r['trainable_share']:.2%} of the weights, {r['tokens_per_second'] or '?'} tokens/s"
-    if name == "evaluate": return f"held-out loss {r['before']['loss']:.3f} -> {r['after']['loss']:.3f} ({-r['fall']:+.1%})"
+    if name == "data":
+        return f"{r['train']} train, {r['validation']} validation, {sum(r['rejected'].values())} rejected"
+    if name == "sft":
+        speed = r["tokens_per_second"] or "?"
+        return f"{r['steps']} steps, {r['trainable_share']:.2%} of the weights, {speed} tokens/s"
+    if name == "evaluate":
+        return f"held-out loss {r['before']['loss']:.3f} -> {r['after']['loss']:.3f} ({-r['fall']:+.1%})"
     return r.get("path", "")
 
 # %% ../nbs/10a_report.ipynb #2f1879ee
 def phase_rows(records: dict[str, dict]) -> list[tuple]:
     "A row a phase: name, time, peak memory, outcome."
-    return [(name, minutes(r["seconds"]), f"{r['peak_memory_gib']:.2f} GiB", outcome(name, r["result"])) for name, r in records.items()]
+    return [(name, minutes(r["seconds"]), f"{r['peak_memory_gib']:.2f} GiB", outcome(name, r["result"]))
+            for name, r in records.items()]
 
 def figures(records: dict[str, dict]) -> list[tuple[str, str]]:
     "The handful of numbers that a reader looks for first."
     out = [("whole path", minutes(sum(r["seconds"] for r in records.values())))]
     out.append(("peak memory", f"{max(r['peak_memory_gib'] for r in records.values()):.2f} GiB"))
-    if "sft" in records: out.append(("tokens a second in SFT", f"{records['sft']['result']['tokens_per_second'] or 0:.0f}"))
+    if "sft" in records and (speed := records["sft"]["result"]["tokens_per_second"]):
+        out.append(("tokens a second in SFT", f"{speed:.0f}"))
     if "evaluate" in records:
         r = records["evaluate"]["result"]
-        out += [("held-out loss before", f"{r['before']['loss']:.3f}"), ("held-out loss after", f"{r['after']['loss']:.3f}"), ("fall of the loss", f"{r['fall']:.1%}")]
+        out += [(f"held-out loss {side}", f"{r[side]['loss']:.3f}") for side in ("before", "after")]
+        out.append(("fall of the loss", f"{r['fall']:.1%}"))
     return out
 
 # %% ../nbs/10a_report.ipynb #b578d5ad
+class ReportError(ValueError):
+    "A report that can't be written; the message says why and what to do."
+
 def report_html(records: dict[str, dict], settings: Settings, run: RunFolder) -> str:
     "The page for the phases in `records` (name -> result.json)."
     last = list(records.values())[-1]
     keys = {f"{s}.{k}": v for r in records.values() for s, kv in r["settings"].items() for k, v in kv.items()}
     sections = [SECTION_OF[name](r, run=run, settings=settings) for name, r in records.items() if name in SECTION_OF]
-    return render(PAGE, title=f"Run of the {settings.profile} profile", style=STYLE, model=settings["model"]["name"],
-                  when=datetime.date.today().isoformat(), figures=figures(records), phases=phase_rows(records), sections=sections,
-                  command=f"make cook PROFILE={settings.profile}", made_with=last["made_with"], settings=sorted(keys.items()))
+    return render(PAGE, title=f"Run of the {settings.profile} profile", style=STYLE, sections=sections,
+                  model=settings.build("model").name, when=datetime.date.today().isoformat(),
+                  figures=figures(records), phases=phase_rows(records), made_with=last["made_with"],
+                  command=f"make cook PROFILE={settings.profile}", settings=sorted(keys.items()))
 
 def report_phase(
     settings: Settings,
@@ -130,6 +150,7 @@ def report_phase(
 ) -> dict:  # where the page is, and its size
     "The report phase: write report.html into the run folder."
     records = {name: r for name in SECTION_OF if (r := run.result(name))}
+    if not records: raise ReportError(f"{run.root}: no phase has left a result there. Run cook first.")
     page = report_html(records, settings, run)
     with atomic_write(run.root / "report.html") as f: f.write(page)
     return dict(path=str(run.root / "report.html"), kilobytes=round(len(page.encode()) / 1000, 1))
