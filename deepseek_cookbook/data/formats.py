@@ -79,7 +79,8 @@ def read_records(
         rows.append(row)
     if faults:
         more = [f"… and {len(faults) - show} more"] if len(faults) > show else []
-        raise DataError("\n".join([f"{path}: {len(faults)} faults", *faults[:show], *more]))
+        head = f"{path}: {len(faults)} fault" + "s" * (len(faults) > 1)
+        raise DataError("\n".join([head, *faults[:show], *more]))
     if not rows: raise DataError(f"{path}: no records in the file. Write one JSON object a line.")
     return rows
 
