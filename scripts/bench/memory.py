@@ -39,11 +39,10 @@ RETURNS = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 def build_job(trainer, method, rows, seq_len, dtype, targets, checkpointing):
     "The planner's view of a case."
-    job = make_job(
+    return make_job(
         MODEL, method, "cpu", batch=rows, seq_len=seq_len, dtype=dtype, targets=targets, checkpointing=checkpointing,
         loss="tiled" if trainer == "trl" else "full",
     )  # fmt: skip
-    return job
 
 
 def predict(case) -> tuple[float, float]:
