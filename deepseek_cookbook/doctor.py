@@ -10,7 +10,7 @@ __all__ = ['GIB', 'NO_GPU', 'COLOURS', 'Check', 'at_least', 'check_python', 'che
            'check_formats', 'check_flash', 'bitsandbytes_libraries', 'check_bitsandbytes', 'connect', 'check_hub',
            'attempt', 'read_constraints', 'cache_folder', 'check_environment', 'report', 'to_json', 'exit_code']
 
-# %% ../nbs/00a_doctor.ipynb #6399cc97
+# %% ../nbs/00a_doctor.ipynb #60356c1c
 import csv, functools, importlib.metadata, importlib.util, io, json, os, re, shutil, socket, subprocess, sys, threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# %% ../nbs/00a_doctor.ipynb #36625d6d
+# %% ../nbs/00a_doctor.ipynb #fc7bbdc4
 @dataclass(frozen=True)
 class Check:
     "One line of the report."
@@ -32,7 +32,7 @@ class Check:
     found: str  # what is there, in words
     advice: str = ""  # what to do; empty where nothing is to be done
 
-# %% ../nbs/00a_doctor.ipynb #08cd8270
+# %% ../nbs/00a_doctor.ipynb #6b0e229c
 GIB = 2**30
 
 def at_least(
@@ -43,7 +43,7 @@ def at_least(
     try: return None if found is None else Version(found) >= Version(needed)
     except InvalidVersion: return None
 
-# %% ../nbs/00a_doctor.ipynb #b7cc2b0d
+# %% ../nbs/00a_doctor.ipynb #d6b19ec9
 def check_python(version: tuple = sys.version_info[:3]) -> Check:
     "Python 3.11 or newer."
     found, good = ".".join(map(str, version)), tuple(version) >= (3, 11)
@@ -61,7 +61,7 @@ def check_isolation(
     return Check("Environment", "warn", "conda's base environment" if conda else "the system's Python",
         "packages of other projects share it: python3 -m venv .venv (make does it), or conda create -n cookbook")
 
-# %% ../nbs/00a_doctor.ipynb #1825733c
+# %% ../nbs/00a_doctor.ipynb #57363821
 def find_constraints(start: str | Path = ".") -> Path | None:
     "`constraints.txt` in a folder or the nearest one above it."
     folder = Path(start).resolve()
@@ -78,7 +78,7 @@ def required_packages(name: str = "deepseek-cookbook") -> list[str]:
     except importlib.metadata.PackageNotFoundError: return []
     return [line for line in lines if "extra ==" not in line]
 
-# %% ../nbs/00a_doctor.ipynb #bd6f25d2
+# %% ../nbs/00a_doctor.ipynb #c40b4a0e
 def check_required(
     requirements: list[str],  # such as "torch>=2.6"
     version_of: Callable = installed_version,  # name -> version or None
@@ -96,7 +96,7 @@ def check_required(
         "pip install -e . in the checkout (make does it)")
     return Check("Required packages", "ok", f"{len(requirements)} of {len(requirements)} present")
 
-# %% ../nbs/00a_doctor.ipynb #7077d78c
+# %% ../nbs/00a_doctor.ipynb #9bce241b
 def parse_constraints(text: str) -> dict[str, str]:
     "Name to exact version; comments, options and lines without `==` are left out."
     pinned = {}
@@ -120,7 +120,7 @@ def check_pinned(
     return Check("Tested versions", "warn", "; ".join(differ[:6]) + more,
         "pip install -c constraints.txt with the same packages; results may differ until then")
 
-# %% ../nbs/00a_doctor.ipynb #eca281ae
+# %% ../nbs/00a_doctor.ipynb #2030057a
 def cpu_flags(path: str | Path = "/proc/cpuinfo") -> set[str] | None:  # None: the system does not say
     "Instruction sets of the processor, as Linux lists them."
     try: text = Path(path).read_text(errors="replace")
@@ -136,7 +136,7 @@ def check_cpu(flags: set[str] | None) -> Check:
     if bf16: return Check("Processor", "ok", f"{wide}, bf16 ({', '.join(sorted(bf16))})")
     return Check("Processor", "warn", f"{wide}, no bf16", "nothing to repair: fp32 is used, and runs take longer")
 
-# %% ../nbs/00a_doctor.ipynb #7d7003ac
+# %% ../nbs/00a_doctor.ipynb #11777c16
 def usable_cores() -> int:
     "Cores that this process may run on."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -152,7 +152,7 @@ def check_cores(
     return Check("Cores", "warn", f"{cores}; waiting threads spin",
         "export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 before Python starts (make does)")
 
-# %% ../nbs/00a_doctor.ipynb #bbee710f
+# %% ../nbs/00a_doctor.ipynb #211e4ff3
 def cgroup_limit(paths=("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")) -> int | None:
     "The container's memory limit in bytes."
     for path in map(Path, paths):
@@ -172,7 +172,7 @@ def check_memory(available: int) -> Check:  # bytes
         "close other programs, or halve sft.per_device_train_batch_size; DSC_PROFILE=tiny always fits")
     return Check("Memory", "fail", found, "2 GiB are needed for the tiny profile and 6 GiB for laptop")
 
-# %% ../nbs/00a_doctor.ipynb #f94600b4
+# %% ../nbs/00a_doctor.ipynb #0c69b305
 def check_disk(
     name: str,  # what the folder is for
     folder: str | Path,  # need not exist yet
@@ -189,7 +189,7 @@ def check_disk(
     status = "ok" if free >= need else "warn" if free >= need/3 else "fail"
     return Check(name, status, f"{free:.1f} GiB free", "" if status == "ok" else f"free {need:g} GiB, or {move}")
 
-# %% ../nbs/00a_doctor.ipynb #249e374b
+# %% ../nbs/00a_doctor.ipynb #1e41280a
 @dataclass(frozen=True)
 class GpuFacts:
     "What driver and PyTorch say about the first GPU; None: not there or unknown."
@@ -205,7 +205,7 @@ class GpuFacts:
     @property
     def present(self) -> bool: return bool(self.name or self.usable or self.fault)
 
-# %% ../nbs/00a_doctor.ipynb #be7be73c
+# %% ../nbs/00a_doctor.ipynb #b17badc9
 def ask_driver(run: Callable = subprocess.run) -> dict:  # fields of `GpuFacts`; empty: no nvidia-smi
     "What `nvidia-smi` says, within 10 seconds."
     query = "--query-gpu=name,driver_version,memory.total,compute_cap"
@@ -220,7 +220,7 @@ def ask_driver(run: Callable = subprocess.run) -> dict:  # fields of `GpuFacts`;
     return dict(name=name, driver=driver, memory=int(mebibytes)*2**20 if mebibytes.isdigit() else None,
         capability=tuple(map(int, capability.split("."))) if re.fullmatch(r"\d+\.\d+", capability) else None)
 
-# %% ../nbs/00a_doctor.ipynb #9e4ad5ec
+# %% ../nbs/00a_doctor.ipynb #50007d0e
 def ask_torch() -> dict:  # fields of `GpuFacts`; empty: no PyTorch
     "What PyTorch says about CUDA."
     try: import torch
@@ -235,7 +235,7 @@ def gpu_facts(ask: tuple[Callable, ...] = (ask_torch, ask_driver)) -> GpuFacts:
     "Both witnesses; where both know something the driver's word holds."
     return GpuFacts(**functools.reduce(lambda facts, f: facts | f(), ask, {}))
 
-# %% ../nbs/00a_doctor.ipynb #6bf87842
+# %% ../nbs/00a_doctor.ipynb #fa09e6e4
 NO_GPU = "no GPU: CPU profiles only"
 
 def check_driver(gpu: GpuFacts) -> Check:
@@ -257,7 +257,7 @@ def check_cuda(gpu: GpuFacts) -> Check:
     return Check("CUDA", "fail", f"torch {gpu.torch} for CUDA {gpu.cuda} cannot open the GPU",
         "newer driver (580 for CUDA 13, 525 for 12), or torch for an older CUDA; look at CUDA_VISIBLE_DEVICES")
 
-# %% ../nbs/00a_doctor.ipynb #ec407d41
+# %% ../nbs/00a_doctor.ipynb #6ac49506
 def check_capability(gpu: GpuFacts) -> Check:
     "Which GPU it is and how much memory it has."
     if not gpu.present: return Check("GPU", "skip", NO_GPU)
@@ -283,7 +283,7 @@ def check_flash(gpu: GpuFacts, version: str | None) -> Check:  # version of flas
     return Check("FlashAttention-2", "ok", "not installed: SDPA, with its own flash kernel, is used",
         "optional: pip install flash-attn --no-build-isolation")
 
-# %% ../nbs/00a_doctor.ipynb #c935d18f
+# %% ../nbs/00a_doctor.ipynb #5d3b80e6
 def bitsandbytes_libraries() -> list[str]:
     "Names of the native libraries that the installed wheel brings."
     spec = importlib.util.find_spec("bitsandbytes")
@@ -303,7 +303,7 @@ def check_bitsandbytes(
     if wanted in libraries: return Check(name, "ok", f"{version}, {wanted}")
     return Check(name, "warn", f"{version} without {wanted}", "pip install -U bitsandbytes, or set BNB_CUDA_VERSION")
 
-# %% ../nbs/00a_doctor.ipynb #280f8362
+# %% ../nbs/00a_doctor.ipynb #55bb190a
 def connect(host: str, port: int = 443, timeout: float = 2) -> bool:
     "Whether a host takes a connection within the time-out, the look-up of its name included."
     done = []
@@ -331,7 +331,7 @@ def check_hub(
     return Check("Model hub", "warn", f"{url.hostname or url.geturl()} does not answer",
         "the embedded model needs no hub; else set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 to skip the wait")
 
-# %% ../nbs/00a_doctor.ipynb #b2ed4dd7
+# %% ../nbs/00a_doctor.ipynb #74c0bef3
 def attempt(name: str, probe: Callable) -> Check:
     "Call a probe; an unforeseen error is a line of the report."
     try: return probe()
@@ -347,7 +347,7 @@ def cache_folder(environ: dict) -> Path:
     "As `cache_dir`, which lives in a module that needs more than the standard library."
     return Path(environ.get("DSC_CACHE") or platformdirs.user_cache_path("deepseek_cookbook", appauthor=False))
 
-# %% ../nbs/00a_doctor.ipynb #4ff5aaa9
+# %% ../nbs/00a_doctor.ipynb #f3aedeca
 def check_environment(
     constraints: str | Path | None = None,  # file of tested versions; None: searched upward from the working folder
     run_folder: str | Path = "runs",  # where runs will be kept
@@ -370,7 +370,7 @@ def check_environment(
         "Model hub": lambda: check_hub(env)}
     return [attempt(name, probe) for name, probe in probes.items()]
 
-# %% ../nbs/00a_doctor.ipynb #8ce0bab3
+# %% ../nbs/00a_doctor.ipynb #ab4f52d5
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 def report(

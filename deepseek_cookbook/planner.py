@@ -9,7 +9,7 @@ __all__ = ['GPUS', 'METHODS', 'ALL_LINEAR', 'SIZES', 'OPTIONS', 'ARTICLE', 'Devi
            'memory', 'forward_flops', 'train_flops', 'tokens_per_second', 'largest_rows', 'fewest_gpus', 'ways_out',
            'Plan', 'find_shape', 'make_job', 'plan', 'implied_tokens']
 
-# %% ../nbs/00d_planner.ipynb #1c7d84ae
+# %% ../nbs/00d_planner.ipynb #51f1792a
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from rich.table import Table
 from .registry import MODELS, Shape, find_model
 from .settings import nearest
 
-# %% ../nbs/00d_planner.ipynb #89ed875d
+# %% ../nbs/00d_planner.ipynb #6148e419
 @dataclass(frozen=True)
 class Device:
     "What the planner must know of an accelerator."
@@ -35,7 +35,7 @@ GPUS = {
     "cpu": Device(8, 0.33, 40, reserve=0.6, cpu=True),
 }
 
-# %% ../nbs/00d_planner.ipynb #99c801d0
+# %% ../nbs/00d_planner.ipynb #9a63e644
 METHODS = ("lora", "qlora", "full", "ppo")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -61,7 +61,7 @@ class Job:
     ppo_epochs: int = 2  # PPO: passes over each batch of rollouts
     device: Device = GPUS["a100-80g"]
 
-# %% ../nbs/00d_planner.ipynb #71d1509b
+# %% ../nbs/00d_planner.ipynb #f759e79f
 def choose(argument: str, value: str, known) -> str:
     "A known name, or an error with the nearest one."
     if str(value).lower() in known: return str(value).lower()
@@ -81,7 +81,7 @@ def check_job(job: Job) -> Job:
         raise PlanError("full fine-tuning keeps fp32 weights: dtype='mixed'")
     return replace(job, dtype=kind) if job.dtype == "auto" else job
 
-# %% ../nbs/00d_planner.ipynb #aaa553c8
+# %% ../nbs/00d_planner.ipynb #f7e1760f
 def linears(shape: Shape) -> dict[str, tuple[int, int]]:
     "Input and output width of each linear layer of a block, for the experts that one token meets."
     width = shape.latent.nope + shape.latent.rope if shape.latent else shape.head_dim or shape.hidden//shape.heads
@@ -101,7 +101,7 @@ def active_parameters(shape: Shape) -> int:
     idle = e.parameters(shape) - e.parameters(shape, active=True) if e else 0
     return shape.parameters - idle - (0 if shape.tied else shape.vocab*shape.hidden)
 
-# %% ../nbs/00d_planner.ipynb #8d97779f
+# %% ../nbs/00d_planner.ipynb #17fae5f3
 def adapter_inputs(job: Job) -> int:
     "Bytes that a token keeps in one block for the adapters of LoRA."
     half, widths = job.dtype != "fp32", {t: linears(job.shape)[t][0] for t in job.targets}
@@ -124,7 +124,7 @@ def trains_base(job: Job) -> bool:
     "Whether all weights are trained."
     return job.method == "full" or job.method == "ppo" and not job.adapters
 
-# %% ../nbs/00d_planner.ipynb #a4fe9cd7
+# %% ../nbs/00d_planner.ipynb #efb1a89e
 @dataclass(frozen=True)
 class Memory:
     "Bytes on one GPU."
@@ -147,7 +147,7 @@ class Memory:
         moment = max(start, self.gradients + self.block, self.kv_cache)
         return self.weights + self.optimizer + self.gathered + self.allocator + self.reserve + moment
 
-# %% ../nbs/00d_planner.ipynb #02ff2319
+# %% ../nbs/00d_planner.ipynb #b910699d
 def frozen_bytes(job: Job) -> float:
     "Bytes of one model that is not trained."
     s = job.shape
@@ -166,7 +166,7 @@ def model_bytes(job: Job) -> float:
     spare = 4*adapter_parameters(job) if job.method == "ppo" and job.adapters else 0  # the reward model's adapter
     return frozen*frozen_bytes(job) + 4*trained_parameters(job) + spare
 
-# %% ../nbs/00d_planner.ipynb #56677ee1
+# %% ../nbs/00d_planner.ipynb #1257d401
 def cast_bytes(job: Job, gpus: int) -> float:
     "16-bit copies that live while activations do."
     biggest = max(m*n for m, n in linears(job.shape).values())
@@ -190,7 +190,7 @@ def kv_bytes(job: Job, rows: int) -> int:
     one = s.latent.kv_rank + s.latent.rope if s.latent else 2*linears(s)["k_proj"][1]
     return 2*one*s.layers*rows*job.seq_len
 
-# %% ../nbs/00d_planner.ipynb #460a95b2
+# %% ../nbs/00d_planner.ipynb #44b8ce21
 def memory(
     job: Job,  # as `check_job` returns it
     rows: int = 1,  # sequences in a micro-batch, on each GPU
@@ -211,7 +211,7 @@ def memory(
         allocator=2*heap - kept if job.device.cpu else 0, reserve=int(job.device.reserve*2**30),
         accumulates=share > rows)
 
-# %% ../nbs/00d_planner.ipynb #dd1e7d53
+# %% ../nbs/00d_planner.ipynb #ebe042d5
 def forward_flops(job: Job) -> float:
     "Operations of a forward pass, per token."
     return 2*active_parameters(job.shape) + 2*job.shape.layers*linears(job.shape)["q_proj"][1]*job.seq_len
@@ -230,7 +230,7 @@ def tokens_per_second(job: Job, gpus: int = 1, mfu: float = 0.4) -> float:
     reads = 2*active_parameters(job.shape)/(job.device.bandwidth*1e9*0.6)*job.completion/job.seq_len/share
     return gpus/(reads + (scoring + job.ppo_epochs*train_flops(job))/rate)
 
-# %% ../nbs/00d_planner.ipynb #9db6dc2d
+# %% ../nbs/00d_planner.ipynb #b57ac011
 def largest_rows(job: Job, gpus: int) -> tuple[int, bool]:  # sequences, and whether they fit
     "The largest micro-batch that fits on each of so many GPUs."
     rows = 2**int(math.log2(math.ceil(job.batch/gpus)))
@@ -242,7 +242,7 @@ def fewest_gpus(job: Job, most: int = 256) -> int | None:  # None: more than `mo
     counts = [1] if job.device.cpu else [2**i for i in range(int(math.log2(most)) + 1)]
     return next((n for n in counts if largest_rows(job, n)[1]), None)
 
-# %% ../nbs/00d_planner.ipynb #89051d9e
+# %% ../nbs/00d_planner.ipynb #7c35ea39
 def ways_out(job: Job, gpus: int) -> list[str]:
     "Changes of one thing that make the job fit on so many GPUs, and the number of GPUs that would."
     tries = {"gradient checkpointing (a third more time)": dict(checkpointing=True),
@@ -259,7 +259,7 @@ def ways_out(job: Job, gpus: int) -> list[str]:
     more = fewest_gpus(job)
     return found + ([f"{more} GPUs instead of {gpus}"] if more and more > gpus else [])
 
-# %% ../nbs/00d_planner.ipynb #fd64b599
+# %% ../nbs/00d_planner.ipynb #00040e67
 @dataclass(frozen=True)
 class Plan:
     "A job on a number of GPUs."
@@ -286,7 +286,7 @@ class Plan:
         if self.hours is not None: out.append(("hours", f"{self.hours:.1f}"))
         return out + [("advice", line) for line in self.advice]
 
-# %% ../nbs/00d_planner.ipynb #f72e5009
+# %% ../nbs/00d_planner.ipynb #720e03ad
 @patch
 def table(self: Plan) -> Table:
     "The plan for a terminal."
@@ -304,7 +304,7 @@ def _repr_markdown_(self: Plan) -> str:
     lines = "\n".join(f"| {name} | {value} |" for name, value in self.lines())
     return f"**{self.model}, {self.job.method}**\n\n| part | value |\n|---|---|\n{lines}"
 
-# %% ../nbs/00d_planner.ipynb #03017cef
+# %% ../nbs/00d_planner.ipynb #ec9640bc
 SIZES = {"7b": Shape(32, 4096, 32, 32, 11008, 32000), "13b": Shape(40, 5120, 40, 40, 13824, 32000),
     "67b": MODELS["deepseek-llm-67b-base"].shape, "70b": Shape(80, 8192, 64, 8, 28672, 32000)}
 OPTIONS = [f.name for f in fields(Job) if f.name not in ("shape", "method", "device")]
@@ -323,7 +323,7 @@ def make_job(model: str, method: str, gpu: str, memory_gib: float | None = None,
     options["targets"] = tuple(options.get("targets", ALL_LINEAR))
     return check_job(Job(find_shape(model), choose("method", method, METHODS), device=device, **options))
 
-# %% ../nbs/00d_planner.ipynb #75da253b
+# %% ../nbs/00d_planner.ipynb #64220bc5
 def plan(
     model: str = "deepseek-llm-7b-base",  # a registry name or hub id, or 7b | 13b | 67b | 70b
     method: str = "lora",  # lora | qlora | full | ppo
@@ -346,7 +346,7 @@ def plan(
         math.ceil(job.batch/rows/count), fits, speed, None if tokens is None else tokens*epochs/speed/3600,
         () if fits else tuple(ways_out(job, count)) or ("a smaller model: no single change makes it fit",))
 
-# %% ../nbs/00d_planner.ipynb #45965bbe
+# %% ../nbs/00d_planner.ipynb #07b4ff75
 ARTICLE = {"7b": (32, 2, 8), "13b": (16, 4, 12), "70b": (4, 8, 36)}  # batch, number of A100, hours for 3 epochs
 
 def implied_tokens(
