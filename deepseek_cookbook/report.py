@@ -80,8 +80,9 @@ def sft_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
     plot_dashboard(rows, guards).savefig(run.phase("sft") / "dashboard.png", dpi=100)
     r = record["result"]
     facts = render("""<p>{{ r.trainable }} trained weights, {{ share }} of all; {{ r.steps }} steps
-{%- if r.resumed_from %}, resumed from {{ r.resumed_from }}{% endif %}; best held-out loss {{ r.best_eval_loss }}
-at step {{ r.best_step }}.</p>""", r=r, share=f"{r['trainable_share']:.2%}")
+{%- if r.resumed_from %}, resumed from {{ r.resumed_from }}{% endif %}
+{%- if r.best_step is not none %}; best held-out loss {{ r.best_eval_loss }} at step {{ r.best_step }}
+{%- endif %}.</p>""", r=r, share=f"{r['trainable_share']:.2%}")
     return dashboard_html(rows, guards, "Supervised fine-tuning").replace("</h2>", "</h2>" + facts, 1)
 
 # %% ../nbs/10a_report.ipynb #9e513839
