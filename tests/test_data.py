@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -232,7 +232,8 @@ def phase(folder, rows=None, *overrides):
 
 
 @in_folder
-@given(st.lists(repeated | sound, min_size=1, max_size=20), st.none() | st.integers(-1, 25))
+@example([record(f"{i}?") for i in range(9)], 4)
+@given(st.lists(repeated | sound, min_size=4, max_size=20), st.none() | st.integers(2, 8))
 def test_every_row_that_was_read_is_in_one_file(tmp_path, rows, limit):
     try:
         result, folder = phase(tmp_path, rows, f"data.limit={limit}".lower())
