@@ -50,6 +50,24 @@ def test_only_the_answers_are_in_the_loss(tmp_path):
     assert "answer." in text and "question" not in text and text.endswith("<|im_end|>")
 
 
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2"])
+def test_rows_end_to_end_have_the_loss_of_padded_rows(tmp_path, name):
+    """Padding-free batches: no row sees another, and no pad is counted."""
+    from deepseek_cookbook.sft.train import make_trainer
+
+    loss = {}
+    for free in ("true", "false"):
+        chosen = settings(f"sft.padding_free={free}", "sft.max_length=none", "sft.bf16=false", "lora.lora_dropout=0")
+        torch.manual_seed(0)
+        trainer = make_trainer(chosen, RECORDS[-12:], RECORDS[-12:], tmp_path, load_model(name), load_tokenizer(name))
+        batch = next(iter(trainer.get_eval_dataloader()))
+        trainer.model.eval()
+        with torch.no_grad():
+            loss[free] = trainer.compute_loss(trainer.model, dict(batch)).item()
+        assert batch["input_ids"].shape[0] == (1 if free == "true" else 12)
+    assert abs(loss["true"] - loss["false"]) < 1e-5
+
+
 def test_settings_win_over_the_machine(tmp_path):
     assert sft_config(settings("sft.bf16=false"), tmp_path).bf16 is False
     assert sft_config(settings("sft.gradient_checkpointing=true"), tmp_path).gradient_checkpointing is True

@@ -55,7 +55,7 @@ def sft_config(
     folder: str | Path,  # where checkpoints go
 ):  # trl.SFTConfig
     "The arguments of the trainer on this machine."
-    machine = precision().arguments() | dict(dataloader_pin_memory=torch.cuda.is_available())
+    machine = precision().arguments() | dict(dataloader_pin_memory=torch.cuda.is_available(), disable_tqdm=False)
     if "gradient_checkpointing" in settings["sft"]: del machine["activation_checkpointing"]  # two names of one switch
     seed = settings.build("run").seed
     extra = {k: v for k, v in machine.items() if k not in settings["sft"]}
