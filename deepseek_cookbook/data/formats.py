@@ -176,7 +176,7 @@ def _format_of(row: dict, path, number: int) -> str:
     found, fields = detect(row), ", ".join(map(str, list(row)[:8]))
     if len(found) == 1: return found[0]
     kinds = "; ".join(f"{name}: {', '.join(must)}" for name, (must, _) in FORMATS.items())
-    why = f"could be {' or '.join(found)}, set data.format to one" if found else f"no format has them. Known are {kinds}"
+    why = f"could be {' or '.join(found)}, set data.format to one" if found else f"no format has them. Known: {kinds}"
     raise DataError(f"{path}:{number}:record: format unclear, the fields {fields}: {why}")
 
 def to_record(
@@ -188,7 +188,7 @@ def to_record(
     if format == "alpaca":
         record = {k: row[k] for k in ("instruction", "output", "id") if k in row}
         record |= dict(input=row.get("input") or "", history=row.get("history") or [])
-        record |= {"system": row["system"]} if row.get("system") else {}
+        if row.get("system"): record["system"] = row["system"]
         return record, field_faults(row, format) or check_record(record)
     messages, faults = to_chat(row, format)
     if faults: return None, faults
