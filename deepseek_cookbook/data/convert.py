@@ -45,8 +45,8 @@ def field_faults(
     return faults + [f"{k}: unknown field.{nearest(k, [*must, *may])}" for k in sorted(slips)]
 
 # %% ../../nbs/01e_data.convert.ipynb #5d311d12
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
+         "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 PAIRS = (("role", "content"), ("from", "value"))
 
 def _turn(turn, where: str) -> tuple[dict, list[str]]:
