@@ -197,8 +197,15 @@ def test_replay_is_the_share_of_the_result(share, unit, seed):
     assert added == replay_rows(rows, texts, share, seed, unit)
 
 
-@pytest.mark.parametrize("share, unit, why", [(1, "rows", "share = 1"), (-0.1, "rows", "share"),
-                                              (0.1, "tokens", "unit"), (0.5, "rows", "3 texts give 3 rows, 5 are needed")])  # fmt: skip
+@pytest.mark.parametrize(
+    "share, unit, why",
+    [
+        (1, "rows", "share = 1"),
+        (-0.1, "rows", "share"),
+        (0.1, "tokens", "unit"),
+        (0.5, "rows", "3 texts give 3 rows, 5 are needed"),
+    ],
+)
 def test_replay_that_cannot_be(share, unit, why):
     with pytest.raises(DataError, match=why):
         replay_rows([record()] * 5, ["one two", "three four", "five six"], share, unit=unit)
