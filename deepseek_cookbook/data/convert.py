@@ -25,8 +25,7 @@ def detect(
     row: dict,  # one row of a file
 ) -> list[str]:  # the formats that it fits: one, if all is clear
     "Recognise a format by the names of its fields."
-    found = [name for name, (must, _) in FORMATS.items() if set(must) <= row.keys()]
-    if "records" in found: found.remove("alpaca")  # the same with all four fields
+    found = [name for name, (must, _) in FORMATS.items() if set(must) <= row.keys() and name != "records"]
     return found or ["alpaca"] * ("instruction" in row)
 
 # %% ../../nbs/01e_data.convert.ipynb #8c9330f6

@@ -153,16 +153,17 @@ def read_iob(
             text, wrong = "?", [f"line: byte {e.start + 1} is no UTF-8, save the file as UTF-8"]
         columns = re.split(r"[ \t]+", text)
         if text and len(columns) < 2: wrong = wrong or ["line: found one column, write a token and its tag"]
-        faults += [f"{path}:{number}:{w}" for w in wrong]
+        faults += [(number, w) for w in wrong]
         if text and not wrong and columns[0] != "-DOCSTART-": now.append((number, columns[0], columns[-1]))
         if not text and now:
             lines, tokens, tags = map(list, zip(*now))
-            faults += [f"{path}:{lines[i]}:tag: {fault}" for i, fault in iob_faults(tags, scheme)]
+            faults += [(lines[i], f"tag: {fault}") for i, fault in iob_faults(tags, scheme)]
             sentences.append(dict(line=lines[0], tokens=tokens, tags=tags))
             now = []
     if faults:
-        more = [f"… and {len(faults) - show} more"] if len(faults) > show else []
-        raise DataError("\n".join([f"{path}: {len(faults)} faults in {scheme} tags", *faults[:show], *more]))
+        told = [f"{path}:{number}:{fault}" for number, fault in sorted(faults)]
+        more = [f"… and {len(told) - show} more"] if len(told) > show else []
+        raise DataError("\n".join([f"{path}: {len(told)} faults in {scheme} tags", *told[:show], *more]))
     if not sentences: raise DataError(f"{path}: no sentences in the file. Write a token and its tag a line.")
     return sentences
 
