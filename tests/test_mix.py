@@ -25,6 +25,7 @@ from deepseek_cookbook.data.mix import (
     STRATEGIES,
     compare_sides,
     mix_domains,
+    near_pairs,
     python_texts,
     replay_record,
     replay_rows,
@@ -69,6 +70,28 @@ def test_what_near_links_is_on_one_side(questions, seed, data):
     assert as_multiset(train) + as_multiset(held) == as_multiset(rows)
     sides = {f"{r['instruction']}\n\n{r['output']}": side for side, rs in enumerate((train, held)) for r in rs}
     assert all(sides[a] == sides[b] for a, b in linked)
+
+
+def test_near_pairs_finds_copies_with_a_word_more():
+    pytest.importorskip("rensa")
+    words = [f"word{i}" for i in range(60)]
+    texts = sorted(
+        [" ".join(words), " ".join([*words, "more"]), "an other text altogether", "这是另外一句话，没有关系"]
+    )
+    assert [{texts[i], texts[j]} for i, j in near_pairs(texts)] == [{" ".join(words), " ".join([*words, "more"])}]
+    assert near_pairs([]) == near_pairs(["one"]) == [] and near_pairs(["", " "]) == [(0, 1)]
+
+
+@pytest.mark.parametrize("language", ["english", "chinese"])
+def test_no_near_copy_crosses_the_split_of_the_corpus(language):
+    pytest.importorskip("rensa")
+    rows = chatterbot_records(language)[0]
+    train, held = split_records(rows, near=near_pairs)
+    text = lambda r: f"{r['instruction']}\n{r['input']}\n{r['output']}"  # noqa: E731
+    sides = {text(r): side for side, rs in enumerate((train, held)) for r in rs}
+    texts = sorted(sides)
+    pairs = near_pairs(texts)
+    assert pairs and all(sides[texts[i]] == sides[texts[j]] for i, j in pairs)
 
 
 def test_links_are_followed_to_the_end():
