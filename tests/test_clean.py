@@ -1,4 +1,4 @@
-"""Cleaning: kept + rejected = read for any bytes, no output under its final name unless it is whole, planted faults found."""
+"""Cleaning: kept + rejected = read for any bytes, no half output under its final name, planted faults found."""
 
 import base64
 import importlib.util
@@ -21,7 +21,7 @@ from deepseek_cookbook import settings as settings_module
 from deepseek_cookbook.cli import app
 from deepseek_cookbook.data import clean as clean_module
 from deepseek_cookbook.data import filters
-from deepseek_cookbook.data.clean import CleanConfig, clean
+from deepseek_cookbook.data.clean import CleanConfig, clean, clean_records
 from deepseek_cookbook.data.duplicates import (
     Benchmark,
     KeyTable,
@@ -73,7 +73,9 @@ def reasons(rows):
 # ---------------------------------------------------------------- no row is lost
 
 text = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)
-few = st.sampled_from(["A?", "a?", "你好", "退货 3 天", "退货 30 天", "x\u200b", "\u200b", "锟斤拷", "a@b.com", "1" * 11])
+few = st.sampled_from(
+    ["A?", "a?", "你好", "退货 3 天", "退货 30 天", "x\u200b", "\u200b", "锟斤拷", "a@b.com", "1" * 11]
+)
 ident = st.none() | st.integers(0, 3) | st.sampled_from(["1", "a", ""])
 garbage = (
     st.binary(max_size=60)
@@ -139,6 +141,21 @@ def test_two_workers_do_what_one_does(tmp_path):
     once = run(tmp_path, lines)
     twice = run(tmp_path, lines, CleanConfig(quiet=True, workers=2))
     assert once[1:] == twice[1:] and once[0].rejected == twice[0].rejected
+
+
+def test_records_in_memory_go_the_same_way(tmp_path):
+    rows = [
+        record("A?", "好的"),
+        record("A?", "好的"),
+        record("B?", "x\u200by"),
+        record("C?", "锟斤拷"),
+        {"instruction": 7},
+    ]
+    kept, gone = clean_records(rows, quiet)
+    _, from_file, rejected = run(tmp_path, [json.dumps(row).encode() for row in rows])
+    assert kept == from_file and reasons(gone) == reasons(rejected)
+    assert [row["row"] for row in gone] == [rows[1], rows[3], rows[4]]
+    assert clean_records([], quiet) == ([], [])
 
 
 # ---------------------------------------------------------------- bad input
@@ -265,7 +282,13 @@ def test_a_setting_out_of_range_is_named(wrong):
 
 
 def test_ids_and_copies_name_the_first_line(tmp_path):
-    lines = [line("A?", "好的", id=1), line("B?", "不行", id=1), line("a?", " 好的 "), line("B?", "不行", id=2), line("C?", "行")]
+    lines = [
+        line("A?", "好的", id=1),
+        line("B?", "不行", id=1),
+        line("a?", " 好的 "),
+        line("B?", "不行", id=2),
+        line("C?", "行"),
+    ]
     report, kept, rejected = run(tmp_path, lines)
     assert [(r["reason"], r["number"], r["detail"]) for r in rejected] == [
         ("duplicate_id", 2, "line 1"),
@@ -281,7 +304,9 @@ def test_turns_of_one_dialogue_are_no_near_copies(tmp_path):
 
 
 def test_same_numbers(tmp_path):
-    lines = [line("多久退款？", f"自收到退货之日起，我们会在{n}天之内把全部款项退还到您原来的支付账户。") for n in (3, 30)]
+    lines = [
+        line("多久退款？", f"自收到退货之日起，我们会在{n}天之内把全部款项退还到您原来的支付账户。") for n in (3, 30)
+    ]
     assert run(tmp_path, lines)[0].kept == 2
     assert run(tmp_path, lines, CleanConfig(quiet=True, same_numbers=False))[0].rejected == {"near_copy": 1}
 
@@ -352,8 +377,11 @@ def test_numbers_key():
 def test_contamination_from_files(tmp_path):
     (tmp_path / "eval.jsonl").write_text(json.dumps(dict(q=["How many apples are left in the old basket now?"], a="7")))
     (tmp_path / "eval.txt").write_text("请问地球到月球的平均距离是多少公里\n\n好\n")
-    lines = [line("Q: how many apples are LEFT in the old basket, now", "Seven"), line("地球到月球的平均距离是多少公里？", "约38万公里"),
-             line("How many pears are left?", "Two")]  # fmt: skip
+    lines = [
+        line("Q: how many apples are LEFT in the old basket, now", "Seven"),
+        line("地球到月球的平均距离是多少公里？", "约38万公里"),
+        line("How many pears are left?", "Two"),
+    ]
     config = CleanConfig(quiet=True, evaluation=(str(tmp_path / "eval.jsonl"), str(tmp_path / "eval.txt")))
     report, kept, rejected = run(tmp_path, lines, config)
     assert (report.kept, reasons(rejected)) == (1, ["contaminated"] * 2)
@@ -407,8 +435,8 @@ def test_identity_numbers_are_told_by_their_check_digit(region, born, serial, da
 
 PRIVATE = ["13800138000", "138 0013 8000", "+86 138-0013-8000", "010-62345678", "+44 20 7946 0958", "(212) 555-0123",
            "212-555-0123", "+1 (212) 555-0123"]  # fmt: skip
-INNOCENT = ["3.14159265358979", "2026-11-21 10:30", "订单202611210000000001", "1+12345678901", "192.168.100.200", "v1.2.3",
-            "1,234,567,890", "@mention", "a@b", "12345678901234567", "0.13800138000"]  # fmt: skip
+INNOCENT = ["3.14159265358979", "2026-11-21 10:30", "订单202611210000000001", "1+12345678901", "192.168.100.200",
+            "v1.2.3", "1,234,567,890", "@mention", "a@b", "12345678901234567", "0.13800138000"]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", PRIVATE)
@@ -430,7 +458,12 @@ def test_masking_is_done_once(value):
 
 
 def test_patterns_do_not_hang():
-    for value in ("a." * 50_000 + "@", "@" * 50_000, "1" * 50_000, "1-" * 50_000, "+1" * 50_000, "a@" + "b." * 50_000, " 1" * 50_000):
+    for value in (
+        "a." * 50_000 + "@",
+        "a@" + "b." * 50_000,
+        "@" * 50_000,
+        *(s * 50_000 for s in ("1", "1-", "+1", " 1")),
+    ):
         mask_pii(value)
 
 
@@ -486,8 +519,17 @@ def test_planted_faults_are_found(tmp_path, root):
 
 
 def test_the_command_writes_three_files_and_a_page(tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join([line("A?", "好的"), line("A?", "好的"), line("<b>", "锟斤拷 <script>")]))
-    words = ["data", "clean", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--report", str(tmp_path / "r.html")]
+    (tmp_path / "in.jsonl").write_bytes(
+        b"\n".join([line("A?", "好的"), line("A?", "好的"), line("<b>", "锟斤拷 <script>")])
+    )
+    words = [
+        "data",
+        "clean",
+        str(tmp_path / "in.jsonl"),
+        str(tmp_path / "out.jsonl"),
+        "--report",
+        str(tmp_path / "r.html"),
+    ]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and "exact_copy" in result.stdout
     page = (tmp_path / "r.html").read_text()

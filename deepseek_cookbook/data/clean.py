@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LINE_REASONS', 'STYLE', 'PAGE', 'CleanConfig', 'Seen', 'Tools', 'inspect_line', 'make_tools', 'Batch',
-           'inspect_batch', 'Rows', 'CleanReport', 'rejected_row', 'clean']
+           'inspect_batch', 'Rows', 'CleanReport', 'rejected_row', 'clean', 'clean_records']
 
 # %% ../../nbs/01a_data.clean.ipynb #5c63e4a4
 import base64, hashlib, json, math, os, random, time
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -128,22 +128,21 @@ def inspect_line(number: int, line: bytes, faults: list[str], tools: Tools) -> S
     return seen
 
 # %% ../../nbs/01a_data.clean.ipynb #33e0636e
-def _sample(source: str | Path, size: int, seed: int, limit: int) -> list[bytes]:
-    "Lines of a file, each with the same chance."
+def _sample(lines: Iterable[bytes], size: int, seed: int) -> list[bytes]:
+    "Some of the lines, each with the same chance; lines above 64 KiB are left out."
     rng, kept = random.Random(seed), []
-    sound = (line for _, line, faults in iter_raw(source, limit) if not faults and line.strip() and len(line) < 2**16)
-    for i, line in enumerate(sound):
+    for i, line in enumerate(line for line in lines if line.strip() and len(line) < 2**16):
         if i < size: kept.append(line)
         elif (j := rng.randrange(i + 1)) < size: kept[j] = line
     return kept
 
-def make_tools(source: str | Path, config: CleanConfig, sample: int = 20_000) -> Tools:
-    "Read the benchmarks, and the sample for TF-IDF if it is asked for."
+def make_tools(config: CleanConfig, lines: Iterable[bytes] = (), sample: int = 20_000) -> Tools:
+    "Read the benchmarks, and draw the sample for TF-IDF from the lines if it is asked for."
     tools = Tools(config)
     if config.evaluation:
         tools.benchmark = Benchmark([t for file in config.evaluation for t in evaluation_texts(file)], config.ngram)
     if config.low_information:
-        rows = (_read_line(Seen(0, line), []) for line in _sample(source, sample, config.seed, config.max_line))
+        rows = (_read_line(Seen(0, line), []) for line in _sample(lines, sample, config.seed))
         answers = [s.record["output"] for s in rows if not s.reason]
         tools.idf = Idf.of(answers)
         tools.least = float(np.quantile([tools.idf.information(a) for a in answers] or [0], config.low_information))
@@ -300,7 +299,8 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.25rem; margin-t
 .figures b { display: block; font-size: 1.35rem; color: var(--kept) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid var(--line) }
-td.n { text-align: right; font-variant-numeric: tabular-nums } td.bar { width: 45%; min-width: 8rem }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+td.bar { width: 45%; min-width: 8rem }
 td.bar i { display: block; height: 1rem; min-width: 2px; border-radius: .2rem; background: var(--bar) }
 td.bar i.kept { background: var(--kept) } code { font-size: .85em; overflow-wrap: anywhere }
 """
@@ -311,8 +311,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 original line, are in <code>{{ r.rejected_path }}</code>.</p><div class="figures">
 {% for n, name in [("{:,}".format(r.read), "rows read"), ("{:,}".format(r.kept), "kept"),
 ("{:,}".format(total), "rejected"), (speed, "rows a second")] %}<div><b>{{ n }}</b>{{ name }}</div>{% endfor %}</div>
-<h2>Where the rows went</h2><div class="scroll"><table><thead><tr><th>reason</th><th>rows</th><th>share</th><th></th>
-</tr></thead><tbody>{% for name, n, share in r.table() %}<tr>
+<h2>Where the rows went</h2><div class="scroll"><table><thead><tr><th>reason</th><th class="n">rows</th>
+<th class="n">share</th><th></th></tr></thead><tbody>{% for name, n, share in r.table() %}<tr>
 <td>{{ name }}</td><td class="n">{{ "{:,}".format(n) }}</td>
 <td class="n">{{ "%.2f"|format(100 * share) }} %</td><td class="bar"><i {% if name == "kept" %}class="kept" {% endif %}
 style="width:{{ "%.2f"|format(100 * share) }}%"></i></td></tr>{% endfor %}</tbody></table></div>
@@ -365,7 +365,8 @@ def clean(
     from tqdm.auto import tqdm
     config, start = config or CleanConfig(), time.perf_counter()
     rejected = _check_paths(source, target, report)
-    tools, rows, lines = make_tools(source, config), Rows(config), _rows_of(source, config)
+    rows, lines = Rows(config), _rows_of(source, config)
+    tools = make_tools(config, (line for _, line, faults in iter_raw(source, config.max_line) if not faults))
     done = CleanReport(str(source), str(target), str(rejected), asdict(config))
     bar, size, bytes_read = tqdm(desc="clean", unit=" rows", disable=config.quiet), os.path.getsize(source), 0
     with bar, atomic_write(target) as good, atomic_write(rejected) as bad:
@@ -382,3 +383,18 @@ def clean(
         if report:
             with atomic_write(report) as page: page.write(done.html())
     return done
+
+# %% ../../nbs/01a_data.clean.ipynb #6cb5e364
+def clean_records(
+    records: list[dict],  # the four fields
+    config: CleanConfig | None = None,
+) -> tuple[list[dict], list[dict]]:  # kept, and rejected rows {"reason", "detail", "row"}
+    "Clean records in memory; kept + rejected = read."
+    config = config or CleanConfig()
+    lines = [json.dumps(r).encode() for r in records]
+    tools, rows, seen = make_tools(config, lines), Rows(config), []
+    for batch in _inspect_all(((i, line, []) for i, line in enumerate(lines)), tools):
+        rows.compare(batch)
+        seen += batch.seen
+    kept = [s.record for s in seen if not s.reason]
+    return kept, [dict(reason=s.reason, detail=s.detail, row=records[s.number]) for s in seen if s.reason]
