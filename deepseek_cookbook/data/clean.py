@@ -175,7 +175,7 @@ def inspect_batch(lines: list[tuple[int, bytes, list[str]]], tools: Tools) -> Ba
     def keys(values): return np.fromiter(values, np.uint64, len(good))
     near = tools.config.near > 0
     signed = signatures([shingles(pieces(t)) for t in texts], tools.config.seed) if near else None
-    salts = keys(_salt(r, t, tools.config) for r, t in zip(good, texts))
+    salts = keys(_salt(r, t, tools.config) for r, t in zip(good, texts, strict=True))
     return Batch(seen, keys(map(exact_key, good)), keys(map(_id_key, good)), signed, salts)
 
 # %% ../../nbs/01a_data.clean.ipynb #4d97091b
@@ -246,7 +246,8 @@ class Rows:
         new = np.array([not s.reason for s in rows], dtype=bool)
         if self.near is None or not new.any(): return
         fresh = [s for s in rows if not s.reason]
-        for seen, n in zip(fresh, self.near.first_like(batch.signed[new], batch.salts[new]).tolist()):
+        like = self.near.first_like(batch.signed[new], batch.salts[new]).tolist()
+        for seen, n in zip(fresh, like, strict=True):
             if n < 0: self.kept.append(seen.number)
             else: seen.reason, seen.detail = "near_copy", f"line {self.kept[n]}"
 

@@ -8,8 +8,10 @@ __all__ = ['PERMS', 'BANDS', 'shingles', 'jaccard', 'minhash', 'signatures', 'fo
 
 # %% ../../nbs/01f_data.duplicates.ipynb #6aeb777b
 import hashlib, re
-import numpy as np
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 # %% ../../nbs/01f_data.duplicates.ipynb #0c996c36
 from .filters import pieces
@@ -20,7 +22,7 @@ def shingles(
     parts: list[str],  # the pieces of a text
 ) -> list[str]:  # neighbours joined; the piece itself if it is alone
     "Pairs of neighbouring pieces."
-    return [a + " " + b for a, b in zip(parts, parts[1:])] or parts[:1] or [""]
+    return [a + " " + b for a, b in pairwise(parts)] or parts[:1] or [""]
 
 def jaccard(a, b) -> float:
     "Share of common elements of two sets, 0 to 1."
@@ -150,7 +152,7 @@ class SignatureStore:
     def add(self, small: np.ndarray) -> np.ndarray:
         "Store signature bytes (N, P); returns their row numbers."
         numbers = np.arange(self.count, self.count + len(small), dtype=np.int32)
-        for n, row in zip(numbers.tolist(), small):
+        for n, row in zip(numbers.tolist(), small, strict=True):
             if n % self.chunk == 0: self.blocks.append(np.zeros((self.chunk, small.shape[1]), np.uint8))
             self.blocks[-1][n % self.chunk] = row
         self.count += len(small)

@@ -90,7 +90,7 @@ def is_chinese_id(
     if not re.fullmatch(r"[1-9][0-9]{16}[0-9Xx]", text): return False
     try: born = date(int(text[6:10]), int(text[10:12]), int(text[12:14]))
     except ValueError: return False
-    total = sum(w * int(d) for w, d in zip(ID_WEIGHTS, text))
+    total = sum(w * int(d) for w, d in zip(ID_WEIGHTS, text[:17], strict=True))
     return 1850 < born.year < 2100 and "10X98765432"[total % 11] == text[17].upper()
 
 # %% ../../nbs/01g_data.filters.ipynb #1d8bd084
@@ -218,7 +218,9 @@ class Idf:
     def of(cls, texts) -> "Idf":
         "Count the pieces of some texts."
         df, n = Counter(), 0
-        for n, text in enumerate(texts, 1): df.update(set(pieces(text)))
+        for text in texts:
+            df.update(set(pieces(text)))
+            n += 1
         return cls(n, dict(df))
 
     def information(self, text: str) -> float:
