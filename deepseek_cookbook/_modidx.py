@@ -225,6 +225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'deepseek_cookbook/pipeline.py'),
                                             'deepseek_cookbook.pipeline.check_inputs': ( 'pipeline.html#check_inputs',
                                                                                          'deepseek_cookbook/pipeline.py'),
+                                            'deepseek_cookbook.pipeline.check_settings': ( 'pipeline.html#check_settings',
+                                                                                           'deepseek_cookbook/pipeline.py'),
                                             'deepseek_cookbook.pipeline.cook': ('pipeline.html#cook', 'deepseek_cookbook/pipeline.py'),
                                             'deepseek_cookbook.pipeline.file_digest': ( 'pipeline.html#file_digest',
                                                                                         'deepseek_cookbook/pipeline.py'),

@@ -247,5 +247,6 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, trainable: bool = 
     if not (Path(adapter)/"adapter_config.json").is_file(): raise ModelError(f"{adapter} has no adapter_config.json: "
         "give the folder that a LoRA run saved")
     try: return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except RuntimeError as e: raise ModelError(f"adapter {adapter} does not fit this base model: "
-        f"{str(e).splitlines()[-1].strip()} Load it on the model that it was trained on") from e
+    except (RuntimeError, KeyError, ValueError, OSError, SafetensorError) as e: raise ModelError(
+        f"adapter {adapter} is damaged or does not fit this base model: {(str(e).splitlines() or [type(e)])[-1]}. "
+        "Load it on the model that it was trained on, or train it again") from e

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'Phase', 'file_digest', 'phase_key', 'is_finished', 'open_folder', 'reset_peak_memory', 'made_with',
-           'run_phase', 'PipelineError', 'select', 'check_inputs', 'locked', 'cook']
+           'run_phase', 'PipelineError', 'select', 'check_settings', 'check_inputs', 'locked', 'cook']
 
 # %% ../nbs/10_pipeline.ipynb #1f70990c
-import gc, hashlib, os, platform, shutil, time
+import ctypes, gc, hashlib, os, platform, shutil, time
 from dataclasses import dataclass
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% ../nbs/10_pipeline.ipynb #d370ecb3
 from . import __version__
-from .settings import RunFolder, Settings, atomic_write, load_settings, nearest, write_json
+from .settings import SECTIONS, RunFolder, Settings, atomic_write, load_settings, nearest, write_json
 
 # %% ../nbs/10_pipeline.ipynb #f7352d60
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def open_folder(phase: Phase, key: str, run: RunFolder) -> Path:
 
 # %% ../nbs/10_pipeline.ipynb #23cf6acd
 def reset_peak_memory():
-    "Start measuring peak memory anew."
+    "Give memory of the phase before back to the system, and start measuring anew."
     gc.collect()
+    try: ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError): pass  # not glibc
     try: Path("/proc/self/clear_refs").write_text("5")
     except OSError: pass
     torch = import_module("torch")
@@ -120,6 +122,11 @@ def select(names) -> list[Phase]:
         if name not in known: raise PipelineError(f"unknown phase {name!r}.{nearest(name, known)}")
     return [p for p in PHASES if not names or p.name in names]
 
+def check_settings(phases: list[Phase], settings: Settings):
+    "Build the sections that our own code reads: a value out of range stops here, not after an hour of training."
+    sections = {s for phase in phases for s in phase.sections}
+    for section in sorted(s for s in sections if SECTIONS[s].startswith("deepseek_cookbook")): settings.build(section)
+
 def check_inputs(phase: Phase, run: RunFolder):
     "Raise if a phase before this one has not been run."
     missing = [name for name in phase.after if not (run.root / name / "result.json").is_file()]
@@ -154,6 +161,7 @@ def cook(
     run, phases, records = settings.run_folder, select(only), {}
     with locked(run):
         load_tokenizer(settings["model"]["name"])
+        check_settings(phases, settings)
         for i, phase in enumerate(phases, 1):
             check_inputs(phase, run)
             key = phase_key(phase, settings, run)

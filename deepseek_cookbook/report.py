@@ -28,6 +28,7 @@ p.sub { color: var(--dim); margin-top: 0 } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid var(--line) }
 th { color: var(--dim); font-weight: 600 } td.answer { min-width: 11rem; white-space: pre-wrap }
+td:last-child { min-width: 9rem }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
 .figures div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
 .figures b { display: block; font-size: 1.35rem; color: var(--accent) }
@@ -79,10 +80,12 @@ def sft_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
     rows, guards = read_metrics(run.root / "sft" / "metrics.jsonl"), make_guards(settings.build("monitor"))
     plot_dashboard(rows, guards).savefig(run.phase("sft") / "dashboard.png", dpi=100)
     r = record["result"]
-    facts = render("""<p>{{ r.trainable }} trained weights, {{ share }} of all; {{ r.steps }} steps
+    facts = render("""<p>{{ trainable }} trained weights, {{ share }} of all; {{ r.steps }} steps
 {%- if r.resumed_from %}, resumed from {{ r.resumed_from }}{% endif %}
-{%- if r.best_step is not none %}; best held-out loss {{ r.best_eval_loss }} at step {{ r.best_step }}
-{%- endif %}.</p>""", r=r, share=f"{r['trainable_share']:.2%}")
+{%- if r.best_step is not none %}; lowest validation loss {{ "%.3f"|format(r.best_eval_loss) }} at step
+{{ r.best_step }}{% endif %}. The trainer averages it over batches and counts the answers in the history; the comparison
+below averages over the tokens of the last answers, so the two differ.</p>""", r=r, share=f"{r['trainable_share']:.2%}",
+                   trainable=f"{r['trainable']:,}")
     return dashboard_html(rows, guards, "Supervised fine-tuning").replace("</h2>", "</h2>" + facts, 1)
 
 # %% ../nbs/10a_report.ipynb #9e513839

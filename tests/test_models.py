@@ -434,3 +434,16 @@ def test_padding_does_not_change_what_the_embedded_model_says():
         alone = [model.generate(**tokenizer(t, return_tensors="pt"), max_new_tokens=5, do_sample=False)[0, -5:]
                  for t in texts]
     assert [row.tolist() for row in together] == [row.tolist() for row in alone]
+
+
+@pytest.mark.parametrize("damage", ["no peft_type", "cut weights"])
+def test_a_damaged_adapter_is_told(adapter, damage):
+    if damage == "no peft_type":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        del config["peft_type"]
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        weights = adapter / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="damaged or does not fit"):
+        load_model("tiny-llama", adapter=adapter, device="cpu")

@@ -75,6 +75,12 @@ def test_a_changed_data_file_is_noticed(tmp_path):
     assert skipped(tmp_path, mine, only=["data"]) == []
 
 
+def test_a_setting_out_of_range_stops_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="max_length"):
+        walk(tmp_path, "evaluate.max_length=0")
+    assert not (tmp_path / "tiny" / "data").exists()
+
+
 def test_a_phase_without_its_inputs_is_refused(tmp_path):
     with pytest.raises(PipelineError, match="needs data"):
         walk(tmp_path, only=["sft"])

@@ -140,6 +140,7 @@ def train_sft(
     if not resume: shutil.rmtree(folder, ignore_errors=True)
     transformers.set_seed(settings.build("run").seed)
     disable_progress_bars()  # of datasets: four bars of a tenth of a second each
+    sft_config(settings, folder), settings.build("lora")  # what they refuse, they refuse before the model is loaded
     base, tokenizer = load_model(**settings["model"]), load_tokenizer(settings["model"]["name"])
     watch = settings.build("monitor")
     trackers = make_trackers(watch.trackers, folder.parent, folder.name)
