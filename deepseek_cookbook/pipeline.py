@@ -30,8 +30,8 @@ class Phase:
     files: tuple[str, ...] = ()  # what it leaves, relative to its folder
 
 PHASES = (
-    Phase("data", "read, drop copies, split", "deepseek_cookbook.data.mix:data_phase",
-          ("run", "data"), files=("train.jsonl", "validation.jsonl", "rejected.jsonl")),
+    Phase("data", "read, clean, split", "deepseek_cookbook.data.mix:data_phase",
+          ("run", "data", "clean"), files=("train.jsonl", "validation.jsonl", "rejected.jsonl")),
     Phase("sft", "train a LoRA adapter on the answers", "deepseek_cookbook.sft.train:sft_phase",
           ("run", "model", "lora", "sft", "monitor"), ("data",),
           ("metrics.jsonl", "adapter/adapter_model.safetensors")),

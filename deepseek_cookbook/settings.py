@@ -20,6 +20,7 @@ SECTIONS = {
     "run": "deepseek_cookbook.settings:RunConfig",
     "model": "deepseek_cookbook.settings:ModelConfig",
     "data": "deepseek_cookbook.data.formats:DataConfig",
+    "clean": "deepseek_cookbook.data.clean:CleanConfig",
     "lora": "peft:LoraConfig",
     "sft": "trl:SFTConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",

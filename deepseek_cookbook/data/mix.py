@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import Callable, Iterable
 
 # %% ../../nbs/01b_data.mix.ipynb #e3809881
+from .clean import clean_records
 from .duplicates import band_keys, shingles, signatures
 from .filters import pieces
 from .formats import DataError, load_records
@@ -227,14 +228,14 @@ def data_phase(
     settings: Settings,  # its [data] and [run] sections
     run: RunFolder,  # where the files go
 ) -> dict:  # counts, the reasons of rejection, and the first rows
-    "The data phase: read, drop copies, split, write."
+    "The data phase: read, clean, split, write."
     config, seed = settings.build("data"), settings.build("run").seed
-    records, rejected = load_records(config.source)
+    records, rejected = load_records(config.source, config.format)
     read = len(records) + len(rejected)
-    records, copies = drop_copies(records)
+    records, dirty = clean_records(records, settings.build("clean"))
     records, over = _limited(records, config.limit, seed)
-    train, validation = split_records(records, config.validation, seed)
-    rejected += copies + over
+    train, validation = split_records(records, config.validation, seed, near=near_pairs)
+    rejected += dirty + over
     folder = run.phase("data")
     for name, rows in dict(train=train, validation=validation, rejected=rejected).items():
         write_jsonl(folder / f"{name}.jsonl", rows)
