@@ -74,6 +74,8 @@ def test_language(text, code):
         ("pay 5", " ", "blank"), ("Pay  5", "pay 5", "unchanged"), ("pay 5", "pay 6", "digits"),
         ("he came", "he never came", "negation"), ("please come to the office", "请你来办公室一下", "language"),
         ("please come to the office", "come to the office, please", None),
+        ("详见https://a.b/c，谢谢", "请看https://a.b/c，谢谢", None), ("详见https://a.b/c，谢谢", "请看它，谢谢", "link"),
+        ("run `ls` now", "now run `la`", "link"),
     ],
 )  # fmt: skip
 def test_faults(original, text, why):
@@ -124,6 +126,12 @@ def test_baseline():
     assert baseline(vectors, 0.5) < baseline(vectors, 0.99) < 1
     with pytest.raises(GateError, match="1 text"):
         baseline(vectors[:1])
+
+
+def test_copies_among_the_originals_do_not_raise_the_line():
+    sample = [dict(of="0", text="block my card please now")]
+    twice = ORIGINALS + [dict(r, id=f"{r['id']}{i}") for r in ORIGINALS for i in "abc"]
+    assert len(gate(twice, sample, letters)[0]) == len(gate(ORIGINALS, sample, letters)[0]) == 1
 
 
 def test_texts_are_embedded_once():

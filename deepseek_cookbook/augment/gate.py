@@ -42,6 +42,7 @@ class AugmentConfig:
 
 # %% ../../nbs/02c_augment.gate.ipynb #78184f73
 _DIGITS = re.compile(r"\d+(?:\.\d+)?")
+_LINK = re.compile(r"(?:https?://|www\.)[^\s\u3000-\u9fff\uff00-\uffef]+|`[^`]+`|[\w.+-]+@[\w-]+\.\w+", re.ASCII)
 _NOT_EN = re.compile(r"\b(?:not|no|never|none|nothing|nobody|without|cannot|neither|nor)\b|n['’]t\b", re.IGNORECASE)
 _NOT_ZH = re.compile(r"(?:不过|不错|不仅|不但|不断|不管|不论|不同|差不多|对不起|无论|未来|非常|特别|分别|区别|别人|级别|别的|没关系)"
                      r"|(不|没|未|无|非|勿|别)")
@@ -125,6 +126,7 @@ def fault_of(
     if not text.strip(): return "blank"
     if _fold(text) == _fold(original): return "unchanged"
     if "digits" not in may and digits(text) != digits(original): return "digits"
+    if sorted(_LINK.findall(text)) != sorted(_LINK.findall(original)): return "link"
     if not {"negation", "meaning"} & set(may) and negated(text) != negated(original): return "negation"
     ours, theirs = language(text, languages), language(original, languages)
     return "language" if ours and theirs and ours != theirs else None
@@ -158,8 +160,9 @@ def _nearness(by_id: dict, samples: list[dict], embed: Embed, config: AugmentCon
     if not samples: return [], []
     tongue = {i: language(t, tuple(config.languages)) for i, t in by_id.items()}
     def line(code: str) -> float:
-        texts = [by_id[i] for i in by_id if tongue[i] == code]
-        return baseline(embed(texts if len(set(texts)) > 1 else list(by_id.values())), config.quantile, config.pairs)
+        texts = list(dict.fromkeys(by_id[i] for i in by_id if tongue[i] == code))
+        return baseline(embed(texts if len(texts) > 1 else list(dict.fromkeys(by_id.values()))), config.quantile,
+                        config.pairs)
     lines = {c: line(c) for c in {tongue[s["of"]] for s in samples}}
     a, b = embed([s["text"] for s in samples]), embed([by_id[s["of"]] for s in samples])
     return (a * b).sum(1).tolist(), [lines[tongue[s["of"]]] for s in samples]
