@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN    := .venv/bin
-EXTRAS := quant,serve,data,safety,track,docs,dev
+EXTRAS := quant,serve,data,augment,safety,track,docs,dev
 READY  := .venv/.installed
 
 .PHONY: cook test docs lab save bench lint wheels lock clean
@@ -38,7 +38,9 @@ save: $(READY)
 	@$(BIN)/python scripts/save_notebooks.py $(NB)
 
 bench: $(READY)
-	@$(BIN)/python scripts/bench/sft.py
+	@$(BIN)/python scripts/bench/sft.py --steps 40
+	@$(BIN)/python scripts/bench/packing.py
+	@$(BIN)/python scripts/bench/clean.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

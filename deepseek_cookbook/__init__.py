@@ -11,6 +11,13 @@ _PUBLIC = {
     "RunFolder": "settings",
     "load_model": "models",
     "load_tokenizer": "models",
+    "read_records": "data.formats",
+    "to_messages": "data.formats",
+    "clean": "data.clean",
+    "clean_records": "data.clean",
+    "CleanConfig": "data.clean",
+    "split_records": "data.mix",
+    "train_sft": "sft.train",
     "cook": "pipeline",
 }
 __all__ = list(_PUBLIC)

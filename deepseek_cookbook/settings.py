@@ -21,6 +21,7 @@ SECTIONS = {
     "model": "deepseek_cookbook.settings:ModelConfig",
     "data": "deepseek_cookbook.data.formats:DataConfig",
     "clean": "deepseek_cookbook.data.clean:CleanConfig",
+    "augment": "deepseek_cookbook.augment.gate:AugmentConfig",
     "lora": "peft:LoraConfig",
     "sft": "trl:SFTConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",

@@ -14,7 +14,7 @@ from typing import Callable, Iterable
 
 # %% ../../nbs/01b_data.mix.ipynb #e3809881
 from .clean import clean_records
-from .duplicates import band_keys, shingles, signatures
+from .duplicates import exact_key, band_keys, shingles, signatures
 from .filters import pieces
 from .formats import DataError, load_records
 from ..settings import RunFolder, Settings, nearest, write_jsonl
@@ -22,16 +22,13 @@ from ..settings import RunFolder, Settings, nearest, write_jsonl
 # %% ../../nbs/01b_data.mix.ipynb #44186c41
 def _fold(text: str) -> str: return " ".join(text.casefold().split())
 
-def _key(record: dict) -> tuple:
-    return (*(_fold(record[k]) for k in ("instruction", "input", "output")), str(record["history"]))
-
 def drop_copies(
     records: list[dict],  # four-field records
 ) -> tuple[list[dict], list[dict]]:  # kept, and rejected rows {"reason", "row"}
     "Keep the first of equal records."
     seen, kept, rejected = set(), [], []
     for r in records:
-        key = _key(r)
+        key = exact_key(r)
         if key in seen: rejected.append(dict(reason="exact_copy", row=r))
         else: kept.append(r)
         seen.add(key)
