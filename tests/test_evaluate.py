@@ -227,6 +227,12 @@ def test_before_is_the_base_model_and_after_the_adapter(model, tokenizer, record
     json.dumps(result, allow_nan=False)
 
 
+def test_a_question_with_many_answers_is_asked_once(model, tokenizer, records):
+    twice = [records[0], {**records[0], "output": "Another answer."}, records[1]]
+    result = compare(adapted(model), tokenizer, twice, dataclasses.replace(CONFIG, samples=2))
+    assert len({a["question"] for a in result["answers"]}) == 2 and result["records"] == 3
+
+
 def test_no_samples_means_no_answers(model, tokenizer, records):
     result = compare(adapted(model), tokenizer, records[:3], dataclasses.replace(CONFIG, samples=0))
     assert result["answers"] == [] and result["records"] == 3

@@ -136,16 +136,18 @@ def compare(
     config: EvaluateConfig,
 ) -> dict:  # losses, perplexities, relative fall with interval, and answers side by side
     "Measure a model with its adapter off and on."
-    out, nll = {}, {}
+    out, nll, first = {}, {}, {}
+    for r in records: first.setdefault(to_messages(r)[-2]["content"], r)  # a question with many answers is asked once
+    shown = list(first.values())[:config.samples]
     for name, adapter in (("before", model.disable_adapter), ("after", nullcontext)):
         with adapter():
             nll[name], count, cut = answer_nll(model, tokenizer, records, config, f"held-out loss, {name}")
             loss = nll[name].sum() / count.sum()
             out[name] = dict(loss=round(float(loss), 4), perplexity=round(math.exp(min(loss, 700)), 2))
-            out[f"answers_{name}"] = answer(model, tokenizer, records[:config.samples], config)
+            out[f"answers_{name}"] = answer(model, tokenizer, shown, config)
     fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], count))
     table = [dict(question=to_messages(r)[-2]["content"], reference=r["output"], before=b, after=a)
-             for r, b, a in zip(records, out.pop("answers_before"), out.pop("answers_after"))]
+             for r, b, a in zip(shown, out.pop("answers_before"), out.pop("answers_after"))]
     return out | dict(fall=fall, fall_interval=[low, high], records=len(records), tokens=int(count.sum()), cut=cut,
                       answers=table)
 
