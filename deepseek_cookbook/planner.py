@@ -144,8 +144,8 @@ class Memory:
     @property
     def peak(self) -> int:
         start = self.casts + self.activations + max(self.logits, self.block) + self.accumulates*self.gradients
-        moment = max(start, self.gradients + self.block, self.kv_cache)
-        return self.weights + self.optimizer + self.gathered + self.allocator + self.reserve + moment
+        moment = max(start + self.allocator, self.gradients + self.block, self.kv_cache)
+        return self.weights + self.optimizer + self.gathered + self.reserve + moment
 
 # %% ../nbs/00f_planner.ipynb #b910699d
 def frozen_bytes(job: Job) -> float:
