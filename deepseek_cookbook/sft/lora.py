@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'QUERY_VALUE', 'ROUTER', 'KINDS', 'LoRALinear', 'TargetE
            'state_mib', 'fit', 'answer_batches', 'lora_study', 'topic_records', 'load_classifier', 'class_batches',
            'hits', 'wilson', 'classify']
 
-# %% ../../nbs/03_sft.lora.ipynb #d94709a4
+# %% ../../nbs/03_sft.lora.ipynb #e9128d5d
 import random, re, time
 from collections import Counter
 
@@ -19,14 +19,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/03_sft.lora.ipynb #20152dba
+# %% ../../nbs/03_sft.lora.ipynb #381f41dd
 from ..data.formats import chatterbot_records, corpus_folder
 from ..data.tokens import encode_records, packed_batch
 from ..evaluate.metrics import EvaluateConfig, answer_nll
 from ..models import load_tokenizer, locate, precision
 from ..settings import nearest
 
-# %% ../../nbs/03_sft.lora.ipynb #c74a13ed
+# %% ../../nbs/03_sft.lora.ipynb #d4192fc6
 class LoRALinear(nn.Module):
     "A frozen linear layer and a trained update of low rank."
     def __init__(self,
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
         self.base.weight += self.scale * self.B_OR @ self.A_RI
         return self.base
 
-# %% ../../nbs/03_sft.lora.ipynb #1fa292c2
+# %% ../../nbs/03_sft.lora.ipynb #ec6a04ca
 class TargetError(ValueError):
     "Target names that can't be used on this model; the message names what is there."
 
@@ -70,6 +70,7 @@ def linear_layers(
         return any(p.isdigit() for p in parents) and not ROUTER.fullmatch(leaf)
     return {k: m for k, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and wanted(k)}
 
+# %% ../../nbs/03_sft.lora.ipynb #ddc6a227
 def of_kind(path: str, kind: str) -> bool:
     "Whether the layer at `path` is of a kind of `KINDS`."
     attention = bool(ATTENTION.search(path))
@@ -78,7 +79,7 @@ def of_kind(path: str, kind: str) -> bool:
 
 KINDS = ("all-linear", "attention", "qv", "mlp")
 
-# %% ../../nbs/03_sft.lora.ipynb #a3aab8b9
+# %% ../../nbs/03_sft.lora.ipynb #878479ae
 def _ends(path: str) -> list[str]:
     "`a.b.c` -> `c`, `b.c`, `a.b.c`."
     parts = path.split(".")
@@ -96,7 +97,7 @@ def _skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
 
 def _type(model: nn.Module) -> str: return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
-# %% ../../nbs/03_sft.lora.ipynb #e9018ad2
+# %% ../../nbs/03_sft.lora.ipynb #96bd7bd3
 def find_targets(
     model: nn.Module | PretrainedConfig,  # a base model, or the configuration of one: no weights are needed
     kind: str = "all-linear",  # all-linear, attention, qv (queries and values) or mlp
@@ -111,7 +112,7 @@ def find_targets(
                           f"{', '.join(_tails(list(layers), ())) or 'none'}. Name the ones that you want.")
     return _tails(chosen, {k for k, _ in model.named_modules()} - set(chosen))
 
-# %% ../../nbs/03_sft.lora.ipynb #f4e2138f
+# %% ../../nbs/03_sft.lora.ipynb #14cbdeb2
 def matched(
     model: nn.Module,
     targets: str | list[str],  # ends of paths, a kind of `KINDS`, or a regular expression for the whole path
@@ -124,6 +125,7 @@ def matched(
     paths = [k for k, _ in model.named_modules()]
     return {name: [p for p in paths if fits(p, name)] for name in names}
 
+# %% ../../nbs/03_sft.lora.ipynb #87213ed7
 def check_targets(
     model: nn.Module,  # a base model
     targets: str | list[str],  # target_modules
@@ -140,7 +142,7 @@ def check_targets(
                                     f"{type(model.get_submodule(wrong[0])).__name__}, which takes no LoRA.")
     return {name: len(paths) for name, paths in found.items()}
 
-# %% ../../nbs/03_sft.lora.ipynb #b944dee6
+# %% ../../nbs/03_sft.lora.ipynb #8341c97e
 def find_experts(
     model: nn.Module | PretrainedConfig,
 ) -> list[str]:  # names for target_parameters; empty for a model without experts
@@ -156,7 +158,7 @@ def reached(
     short = [re.sub(r"\.base_layer", "", p) for p in paths]
     return dict(Counter(".".join(p.split(".")[-2:]) for p in short))
 
-# %% ../../nbs/03_sft.lora.ipynb #454a324c
+# %% ../../nbs/03_sft.lora.ipynb #ffafbe1d
 def lora_config(
     model: nn.Module,  # a base model
     lora: dict,  # the [lora] section: arguments of peft.LoraConfig; target_modules may be a kind of `KINDS`
@@ -173,7 +175,7 @@ def lora_config(
     check_parameters(model, parameters, lora.get("lora_dropout", 0))
     return LoraConfig(**lora | dict(target_modules=targets or [], target_parameters=parameters or None))
 
-# %% ../../nbs/03_sft.lora.ipynb #d5f451e3
+# %% ../../nbs/03_sft.lora.ipynb #255f9edd
 def check_parameters(model: nn.Module, parameters: list[str], dropout: float):
     "Raises `TargetError` if `target_parameters` reach nothing, or if dropout can't be had."
     paths = [k for k, _ in model.named_parameters()]
@@ -186,7 +188,7 @@ def check_parameters(model: nn.Module, parameters: list[str], dropout: float):
                           f"model {', '.join(parameters)} are adapted as parameters. Set lora.lora_dropout=0, or "
                           "lora.target_modules=attention.")
 
-# %% ../../nbs/03_sft.lora.ipynb #e8bc94fd
+# %% ../../nbs/03_sft.lora.ipynb #ac016ab2
 def trainable_share(
     model: nn.Module,
 ) -> float:  # 0 to 1
@@ -200,7 +202,7 @@ def state_mib(
     "Memory of the trained weights with gradient and Adam's two moments, in MiB."
     return sum(4 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
 
-# %% ../../nbs/03_sft.lora.ipynb #f3c7ba0c
+# %% ../../nbs/03_sft.lora.ipynb #ffd56e9f
 def fit(
     model: nn.Module,  # changed in place; only what requires a gradient is trained
     batches: list[dict],  # arguments of the model, labels among them
@@ -222,6 +224,7 @@ def fit(
     model.eval()
     return dict(losses=losses, seconds=time.perf_counter() - began[0], cpu_seconds=time.process_time() - began[1])
 
+# %% ../../nbs/03_sft.lora.ipynb #856066fd
 def answer_batches(
     tokenizer,
     records: list[dict],  # four-field records
@@ -233,7 +236,7 @@ def answer_batches(
     rows, _ = encode_records(tokenizer, random.Random(seed).sample(records, len(records)), max_length)
     return [packed_batch(rows[i:i + size]) for i in range(0, len(rows), size)]
 
-# %% ../../nbs/03_sft.lora.ipynb #6f60106b
+# %% ../../nbs/03_sft.lora.ipynb #dc0d4181
 def lora_study(
     model: nn.Module,  # a base model
     tokenizer,
@@ -251,13 +254,13 @@ def lora_study(
         adapted = get_peft_model(model, lora_config(model, dict(task_type="CAUSAL_LM") | config))
         ran = fit(adapted, batches, lr)
         nll, count, _ = answer_nll(adapted, tokenizer, held, evaluate)
-        row = dict(trainable=trainable_share(adapted), state_mib=state_mib(adapted), loss=float(nll.sum() / count.sum()),
+        row = dict(trainable=trainable_share(adapted), state_mib=state_mib(adapted), loss=nll.sum() / count.sum(),
                    seconds=ran["seconds"], cpu_seconds=ran["cpu_seconds"])
-        table.append(dict(name=name) | {k: round(v, 4) for k, v in row.items()})
+        table.append(dict(name=name) | {k: round(float(v), 4) for k, v in row.items()})
         model = adapted.unload()
     return table
 
-# %% ../../nbs/03_sft.lora.ipynb #584238d7
+# %% ../../nbs/03_sft.lora.ipynb #d463667e
 def topic_records(
     language: str = "english",  # of the chatterbot corpus
     least: int = 40,  # different questions that a topic must have
@@ -271,7 +274,7 @@ def topic_records(
     counts = Counter(topic for _, topic in alone)
     return [dict(instruction=q, input="", output=t, history=[]) for q, t in alone if counts[t] >= least]
 
-# %% ../../nbs/03_sft.lora.ipynb #5c90302e
+# %% ../../nbs/03_sft.lora.ipynb #f434f0a8
 def load_classifier(
     name: str,  # of a base model, as for load_model
     classes: list[str],
@@ -286,6 +289,7 @@ def load_classifier(
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
+# %% ../../nbs/03_sft.lora.ipynb #5c7fe0c0
 def class_batches(
     tokenizer,
     records: list[dict],  # instruction and output are read
@@ -304,7 +308,7 @@ def class_batches(
             out.append(dict(input_ids=text["input_ids"], attention_mask=text["attention_mask"], labels=labels))
     return out
 
-# %% ../../nbs/03_sft.lora.ipynb #5cc4e0e1
+# %% ../../nbs/03_sft.lora.ipynb #278e9554
 @torch.inference_mode()
 def hits(model, batches: list[dict]) -> np.ndarray:  # (N,) 0 or 1
     "Whether each row is classified correctly."
@@ -323,7 +327,7 @@ def wilson(
     middle, width = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return p, (middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)
 
-# %% ../../nbs/03_sft.lora.ipynb #74b62697
+# %% ../../nbs/03_sft.lora.ipynb #fe7f8b66
 def classify(
     name: str,  # of a base model
     train: list[dict],

@@ -152,7 +152,7 @@ def main():
         table.add_row(*(f"{r[k]:.4g}" if isinstance(r[k], float) else str(r[k]) for k in columns))
     Console(width=160).print(table)
     if args.what == "claim":
-        print("the commonest class alone:", round(rows[0]["commonest"], 3), "of", rows[0]["test"], *kept(rows), sep="\n")
+        print(f"the commonest class alone: {rows[0]['commonest']:.3f} of {rows[0]['test']}", *kept(rows), sep="\n")
 
 
 if __name__ == "__main__":
