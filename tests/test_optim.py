@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import peft
+import peft.optimizers
 import pytest
 import torch
 import trl
@@ -272,7 +273,7 @@ def test_our_factors_are_those_of_transformers(steps, share, kind):
     warmup = int(share * steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = get_scheduler(kind, optimizer, warmup, steps).lr_lambdas[0]
-    for step in range(steps + 1):
+    for step in range(steps):
         ours = schedule_factor(step, kind.removesuffix("_with_warmup"), warmup, steps)
         assert math.isclose(ours, factor(step), abs_tol=1e-12)
 
@@ -322,9 +323,9 @@ def trainer_of(folder, config, lora=True, kind=OurTrainer, model="tiny-llama", *
     "A trainer whose adapter, if any, TRL makes itself."
     rows = [dict(messages=[dict(role="user", content=r["instruction"]), dict(role="assistant", content=r["output"])])
             for r in TEXTS]  # fmt: skip
-    args = trl.SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-                         assistant_only_loss=True, gradient_checkpointing=False, logging_steps=1,
-                         **dict(max_steps=4, per_device_train_batch_size=8, learning_rate=1e-3) | changes)  # fmt: skip
+    usual = dict(max_steps=4, per_device_train_batch_size=8, learning_rate=1e-3, save_strategy="no", logging_steps=1)
+    args = trl.SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+                         assistant_only_loss=True, gradient_checkpointing=False, **usual | changes)  # fmt: skip
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM") if lora else None
     torch.manual_seed(0)
     trainer = kind(load_model(model), args, train_dataset=Dataset.from_list(rows), processing_class=load_tokenizer(model),
