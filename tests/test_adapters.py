@@ -189,7 +189,7 @@ def test_another_width_and_too_few_layers_are_refused(trained, tmp_path):
     folder = trained("tiny-llama")[2]
     weights = load_file(folder / WEIGHTS)
     narrow = copy(folder, tmp_path / "narrow")
-    key = next(k for k in weights if "lora_A" in k)
+    key = next(k for k in weights if "q_proj.lora_A" in k)
     save_file(weights | {key: weights[key][:, :7].contiguous()}, narrow / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="is 64 wide in tiny-llama, and the adapter was made for 7"):
         load_adapters(load_model("tiny-llama"), {"a": narrow})
@@ -443,3 +443,79 @@ def test_offline_and_without_a_token_the_card_is_kept(trained, tmp_path, monkeyp
 def test_pushed_adapters_of_the_embedded_model_fit_its_twin():
     assert all(base_name(twin) == own for own, twin in TWINS.items())
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", twin) for twin in TWINS.values())
+
+
+# --- the two benches ---
+
+
+def module(name: str):
+    "A bench as a module."
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "scripts" / "bench" / f"{name}.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_gpu_bench_refuses_what_would_say_nothing():
+    gpu = module("gpu_sft")
+    full, toy = (gpu.arguments().parse_args(words.split()) for words in ("", "--device cpu --layers 2 --hidden 64"))
+    assert gpu.shape_of(full) == load_shape() and gpu.shape_of(toy).parameters < 1e6
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in gpu.refuse(full, gpu.shape_of(full))
+    full.device = "cpu"
+    assert "6.91 billion" in gpu.refuse(full, gpu.shape_of(full)) and gpu.refuse(toy, gpu.shape_of(toy)) is None
+
+
+def load_shape():
+    from deepseek_cookbook.registry import DEEPSEEK_7B
+
+    return DEEPSEEK_7B
+
+
+def test_utilisation_is_that_of_a_naive_count():
+    "Seven billion weights, two operations each, forward and backward to the activations: 4 N a token, and attention."
+    from deepseek_cookbook.planner import GPUS
+
+    gpu = module("gpu_sft")
+    args = gpu.arguments().parse_args(["--batch", "4", "--seq-len", "2048"])
+    shape = gpu.shape_of(args)
+    got = gpu.figures("bf16", shape, args, dict(seconds=2.0), GPUS["a100-80g"])
+    matrices = shape.parameters - shape.vocab * shape.hidden
+    naive = 4 * matrices + 4 * shape.layers * shape.hidden * 2048
+    assert got["rate"] == 4096 and got["mfu"] == pytest.approx(4096 * naive / 312e12, rel=0.01)
+    assert got["hardware"] == pytest.approx(1.5 * got["mfu"])
+    assert gpu.card("NVIDIA H200") == GPUS["h200-141g"] and gpu.card("NVIDIA A100-SXM4-80GB").tflops == 312
+    assert gpu.card("Some Other Card") is None
+
+
+def test_the_gpu_bench_runs_as_a_toy(tmp_path):
+    gpu = module("gpu_sft")
+    words = "--device cpu --layers 1 --hidden 64 --vocab 640 --seq-len 16 --batch 1 --steps 3 --warmup 1 --folder"
+    args = gpu.arguments().parse_args([*words.split(), str(tmp_path)])
+    shape = gpu.shape_of(args)
+    gpu.write_random(args.folder, shape, args)
+    rows = {case: gpu.figures(case, shape, args, gpu.train(case, shape, args), None) for case in gpu.CASES}
+    for row in rows.values():
+        assert row["rate"] > 0 and row["trainable"] == rows["bf16"]["trainable"] > 0 and row["mfu"] is None
+        assert 6 < row["first"] < 7  # log of 640 tokens is 6.46
+    assert gpu.table(rows).count("unknown") == 4
+
+
+def test_the_verdicts_say_what_the_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "scripts" / "bench")
+    precision = module("precision")
+
+    def row(rate, held, peak=2.0, trainable=10):
+        return dict(rate=rate, per_cpu=rate, seconds=100 / rate, peak=peak, held=held, trainable=trainable)
+
+    rows = {"LoRA, fp32": row(100, 2.0), "LoRA, bf16": row(140, 2.0), "full, fp32": row(50, 1.5, 4.0, 100),
+            "full, bf16": row(100, 1.5, 4.0, 100)}
+    said = precision.verdicts(rows, base=4.0)
+    assert "LoRA: +40% tokens per CPU second" in said[0] and "within" in said[0]
+    assert "full: +100%" in said[1] and "above" in said[1]
+    assert "10.00% of the trained parameters, 50% of the time, 50% of the peak memory" in said[2]
+    assert "50.0% against 62.5%" in said[2]
+    text = precision.table(rows, 4.0)
+    assert text.count("\n") == 6 and all(line.count("|") == text.splitlines()[0].count("|") for line in text.splitlines())
