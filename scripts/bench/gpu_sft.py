@@ -238,7 +238,7 @@ def main():
         rows = {case: figures(case, shape, args, run(case, sys.argv[1:], folder), gpu) for case in args.only}
     where, one = machine(), next(iter(rows.values()))
     print(f"Random weights: {shape.parameters / 1e9:.2f} billion parameters ({size:.1f} GiB in bf16), {shape.layers} "
-          f"layers, width {shape.hidden}, {shape.vocab} tokens; LoRA r={one['rank']} on all linear layers; {args.batch} "
+          f"layers, width {shape.hidden}, {shape.vocab} tokens; LoRA r={one['rank']}, all linear layers; {args.batch} "
           f"x {args.accumulation} rows of {args.seq_len} tokens, {args.steps} steps, {args.warmup} of them not timed, "
           f"{one['attention']}, checkpointing {'off' if args.no_checkpointing else 'on'}, seed {args.seed}; "
           f"{where['hardware']}; {where['versions']}\n")
