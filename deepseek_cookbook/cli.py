@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Profile', 'Overrides', 'Debug', 'AsJson', 'data', 'clear_errors', 'quiet_libraries', 'cook',
-           'settings', 'fetch', 'doctor', 'plan', 'clean_table', 'data_clean']
+           'sft_together', 'sft', 'settings', 'fetch', 'doctor', 'plan', 'clean_table', 'data_clean']
 
 # %% ../nbs/11_cli.ipynb #8808af4d
 import json, logging, os, sys, warnings
@@ -67,6 +67,35 @@ def cook(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug 
         for row in phase_rows(records): table.add_row(*row)
         console.print(table)
         console.print(f"Report: {settings.run_folder.root / 'report.html'}", markup=False)
+
+# %% ../nbs/11_cli.ipynb #dbaf09e8
+def sft_together(chosen, force: bool = False, tell=print) -> dict:
+    "The SFT phase in all processes that the launcher started; returns its figures in each."
+    from deepseek_cookbook import pipeline
+    from deepseek_cookbook.sft.distributed import is_main, on_main
+    from deepseek_cookbook.sft.train import sft_phase
+    run = chosen.run_folder
+    def todo():
+        pipeline.cook(chosen, only=["data"], tell=lambda line: None)
+        phase = pipeline.select(["sft"])[0]
+        return force or not pipeline.is_finished(phase, pipeline.phase_key(phase, chosen, run), run)
+    if not on_main(todo): return run.result("sft")["result"]
+    if not is_main(): return sft_phase(chosen, run)
+    return pipeline.cook(chosen, only=["sft"], force=force, tell=tell)["sft"]["result"]
+
+@app.command()
+def sft(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug = False,
+        force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
+    "Train alone, in as many processes as torchrun or accelerate started; makes the data first if there is none."
+    if not debug: quiet_libraries()
+    with clear_errors(debug):
+        from deepseek_cookbook.sft.distributed import TeamError, is_main, leave, one_failure
+        tell = lambda line: console.print(line, markup=False)
+        try:
+            with one_failure(): figures = sft_together(load_settings(profile, overrides or ()), force, tell)
+        except TeamError: raise typer.Exit(1) from None
+        if is_main(): tell(json.dumps(figures, ensure_ascii=False, indent=1))
+        leave()
 
 # %% ../nbs/11_cli.ipynb #0f496c25
 @app.command()
@@ -157,3 +186,6 @@ def data_clean(source: Annotated[str, typer.Argument(help="JSON Lines with instr
         console.print(clean_table(done))
         console.print(f"Kept: {target}. The others: {done.rejected_path}", *([f"Report: {report}"] if report else []),
                       sep="\n", markup=False)
+
+# %% ../nbs/11_cli.ipynb #4d945486
+if __name__ == "__main__": app()

@@ -1,5 +1,6 @@
 """Training: what is refused, what is in the loss, and that a killed run goes on as if it had not been killed."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deepseek_cookbook.models import load_model, load_tokenizer
-from deepseek_cookbook.settings import load_settings, read_json
-from deepseek_cookbook.sft.train import TrainError, last_checkpoint, save_adapter, sft_config, to_dataset, train_sft
+from deepseek_cookbook.settings import load_settings, read_json, read_jsonl
+from deepseek_cookbook.sft.checks import TrainError, memory_advice, to_dataset
+from deepseek_cookbook.sft.train import TrainConfig, last_checkpoint, save_adapter, sft_config, train_sft, with_replay
 
 COMMAND = str(Path(sys.executable).with_name("deepseek-cookbook"))
 QUIET = ["sft.disable_tqdm=true", "evaluate.quiet=true", "evaluate.samples=1"]
@@ -136,13 +139,185 @@ def test_resumed_weights_equal_straight_weights(tmp_path):
     straight, _ = train_sft(chosen, RECORDS, RECORDS[:4], tmp_path / "a")
     train_sft(settings("sft.max_steps=12", "sft.save_steps=4", "sft.eval_steps=4", "sft.load_best_model_at_end=false",
                        "lora.lora_dropout=0.2"), RECORDS, RECORDS[:4], tmp_path / "b")
-    import shutil
-
     shutil.rmtree(tmp_path / "b" / "checkpoint-12")
     resumed, figures = train_sft(chosen, RECORDS, RECORDS[:4], tmp_path / "b")
     assert figures["resumed_from"] == "checkpoint-8"
     for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def short(*more):
+    """Twelve steps with three evaluations, dropout off."""
+    return settings("sft.max_steps=12", "sft.save_steps=4", "sft.eval_steps=4", "sft.logging_steps=1",
+                    "lora.lora_dropout=0", "sft.bf16=false", *more)
+
+
+@pytest.mark.parametrize("train, validation, side", [([], RECORDS[:4], "train"), (RECORDS, [], "validation")])
+def test_an_empty_side_is_named(tmp_path, train, validation, side):
+    with pytest.raises(TrainError, match=f"no records on the {side} side"):
+        train_sft(short(), train, validation, tmp_path)
+
+
+def test_a_row_longer_than_the_window_is_named(tmp_path):
+    """Nothing cuts rows without a max_length; tiny-llama has 2,048 positions."""
+    rows = RECORDS[:5] + [record("Tell me a story.", "word " * 3000)] + RECORDS[5:]
+    with pytest.raises(TrainError, match=r"train row 5 .* window has 2048"):
+        train_sft(short("sft.max_length=none"), rows, RECORDS[:4], tmp_path)
+    with pytest.raises(TrainError, match=r"validation row 1 "):
+        train_sft(short("sft.max_length=none"), RECORDS, [RECORDS[0], rows[5]], tmp_path)
+
+
+def test_rows_that_trl_drops_are_in_the_log(tmp_path):
+    """An answer that begins after max_length leaves nothing to train; TRL drops the row without a word."""
+    rows = RECORDS + [record("word " * 200, "Late.")] * 3
+    train_sft(short(), rows, RECORDS[:4], tmp_path)
+    notes = [r["message"] for r in read_jsonl(tmp_path / "metrics.jsonl") if r.get("guard") == "data"]
+    assert notes == [f"train: 3 of {len(rows)} rows left out, their answers begin after 128 tokens"]
+
+
+def test_packed_rows_are_counted_one_by_one(tmp_path):
+    """A packed row is as long as max_length; the window is for the records in it."""
+    chosen = short("sft.packing=true", "sft.max_length=1024", "sft.max_steps=1")
+    train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)
+    assert not [r for r in read_jsonl(tmp_path / "metrics.jsonl") if r.get("guard") == "data"]
+
+
+@pytest.mark.parametrize("change, says", [("lora.r=8", "r = 4 there, 8 here"),
+                                          ("model.name=tiny-qwen2", "tiny-llama there, tiny-qwen2 here")])
+def test_a_foreign_checkpoint_is_refused_and_kept(tmp_path, change, says):
+    train_sft(short("sft.max_steps=4"), RECORDS, RECORDS[:4], tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(TrainError, match=says):
+        train_sft(short("sft.max_steps=4", change), RECORDS, RECORDS[:4], tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert train_sft(short("sft.max_steps=4", change), RECORDS, RECORDS[:4], tmp_path, resume=False)[1]["steps"] == 4
+
+
+def test_a_loss_that_is_no_number_leaves_its_rows(tmp_path, monkeypatch):
+    """One token's embedding is NaN: the guard restores, and the file names the rows that hold it."""
+    from deepseek_cookbook.sft import train
+
+    load, poison = train.load_model, "zzz"
+
+    def sick(**arguments):
+        model = load(**arguments)
+        token = load_tokenizer("tiny-llama")(poison, add_special_tokens=False)["input_ids"][-1]
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token] = float("nan")
+            if model.lm_head.weight is model.get_input_embeddings().weight:
+                model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+        return model
+
+    monkeypatch.setattr(train, "load_model", sick)
+    rows = RECORDS + [record(f"What is {poison}?", "Nothing.")]
+    chosen = settings("sft.max_steps=8", "sft.save_steps=1", "sft.eval_steps=1", "sft.logging_steps=1", "sft.bf16=false",
+                      "sft.save_total_limit=none")
+    _, figures = train_sft(chosen, rows, RECORDS[:4], tmp_path)
+    log = read_jsonl(tmp_path / "metrics.jsonl")
+    stop = next(r for r in log if r.get("event") == "stop_restore")
+    found = read_jsonl(tmp_path / "sick_batches.jsonl")
+    assert figures["steps"] == stop["step"] < 8
+    assert any(poison in r["text"] for r in found if r["sick"]) and {r["step"] for r in found if r["sick"]} == {stop["step"]}
+    assert not any(poison in r["text"] for r in found if not r["sick"])
+    assert any(f"at step {stop['step']}" in r["message"] for r in log if r.get("guard") == "batches")
+
+
+def test_a_healthy_run_leaves_no_sick_batches(tmp_path):
+    model, _ = train_sft(short("sft.max_steps=4"), RECORDS, RECORDS[:4], tmp_path)
+    assert not (tmp_path / "sick_batches.jsonl").exists()
+    assert not model._forward_hooks
+
+
+def test_out_of_memory_comes_with_the_planners_advice(tmp_path, monkeypatch):
+    from trl import SFTTrainer
+
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(SFTTrainer, "training_step", full)
+    with pytest.raises(TrainError, match=r"planner reckons .* GiB for 8 rows of 128 tokens"):
+        train_sft(short(), RECORDS, RECORDS[:4], tmp_path)
+
+
+@pytest.mark.parametrize("gib, says", [(16, "per_device_train_batch_size="), (10**4, "By that it fits"), (1, "smaller model")])
+def test_advice_depends_on_what_is_there(gib, says):
+    chosen = load_settings("laptop", ["sft.max_length=512", "sft.gradient_accumulation_steps=2"])
+    assert says in memory_advice(chosen, gib)
+
+
+def test_no_advice_for_an_unknown_model():
+    chosen = load_settings("tiny", ["model.name=someone/something"])
+    assert memory_advice(chosen, 16) == ""
+
+
+# ---------------------------------------------------------------- trust
+
+
+def train_keys(chosen, **keys):
+    chosen.values["train"] = keys
+    return chosen
+
+
+@pytest.mark.parametrize("patience, last", [(3, 10), (2, 8), (None, 12)])
+def test_training_stops_when_it_has_waited_long_enough(tmp_path, monkeypatch, patience, last):
+    """The held-out loss is best at step 4; those weights come back. A run cut off while waiting goes on counting."""
+    from trl import SFTTrainer
+
+    loss, call = {2: 5.0, 4: 4.0, 6: 4.5, 8: 4.4, 10: 4.3, 12: 4.2}, SFTTrainer.prediction_step
+
+    def fixed(self, *args, **kwargs):
+        return torch.tensor(loss[self.state.global_step]), *call(self, *args, **kwargs)[1:]
+
+    monkeypatch.setattr(SFTTrainer, "prediction_step", fixed)
+    chosen = settings("sft.max_steps=12", "sft.save_steps=2", "sft.eval_steps=2", "sft.save_total_limit=none")
+    model, figures = train_sft(train_keys(chosen, patience=patience), RECORDS, RECORDS[:4], tmp_path)
+    assert (figures["steps"], figures["best_step"], figures["best_eval_loss"]) == (last, 4, 4.0)
+    best = load_file(tmp_path / "checkpoint-4/adapter_model.safetensors")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(best[k], saved[k]) for k in best)
+    if patience:
+        for step in range(8, last + 1, 2):
+            shutil.rmtree(tmp_path / f"checkpoint-{step}")
+        again = train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)[1]
+        assert (again["resumed_from"], again["steps"]) == ("checkpoint-6", last)
+
+
+def test_a_run_that_stopped_early_is_not_taken_further(tmp_path, monkeypatch):
+    """Killed after its last checkpoint and before its adapter was saved: the second call only restores and saves."""
+    from trl import SFTTrainer
+
+    call = SFTTrainer.prediction_step
+    monkeypatch.setattr(SFTTrainer, "prediction_step", lambda self, *a, **k: (
+        torch.tensor(4.0 + self.state.global_step), *call(self, *a, **k)[1:]))
+    chosen = train_keys(settings("sft.max_steps=12", "sft.save_steps=2", "sft.eval_steps=2"), patience=1)
+    assert train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)[1]["steps"] == 4
+    shutil.rmtree(tmp_path / "adapter")
+    again = train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)[1]
+    assert (again["steps"], again["best_step"]) == (4, 2) and (tmp_path / "adapter").is_dir()
+
+
+def test_replay_adds_a_share_of_old_text(tmp_path):
+    (tmp_path / "old.txt").write_text("The first old passage is here.\n\nThe second old\npassage is here too.\n" * 40)
+    for general in ("python", str(tmp_path / "old.txt")):
+        mixed = with_replay(RECORDS, TrainConfig(replay=0.1, general=general), seed=1)
+        size = [sum(len(r["output"]) for r in rows) for rows in (mixed, mixed[len(RECORDS):])]
+        assert mixed[:len(RECORDS)] == RECORDS and 0.1 <= size[1] / size[0] < 0.5
+    assert with_replay(RECORDS, TrainConfig(), seed=1) is RECORDS
+    figures = train_sft(train_keys(short("sft.max_steps=4"), replay=0.1), RECORDS, RECORDS[:4], tmp_path / "run")[1]
+    assert figures["rows"] > len(RECORDS)
+
+
+@pytest.mark.parametrize("keys, says", [(dict(patience=0), "patience = 0"), (dict(replay=1), "replay = 1"),
+                                        (dict(general="gone.txt", replay=0.1), "gone.txt")])
+def test_a_wrong_train_key_is_named(tmp_path, keys, says):
+    with pytest.raises(TrainError, match=says):
+        train_sft(train_keys(short(), **keys), RECORDS, RECORDS[:4], tmp_path)
+
+
+# ---------------------------------------------------------------- killed runs
 
 
 def cook(folder, *more):
