@@ -8,7 +8,7 @@ __all__ = ['LossError', 'answers', 'answer_ce', 'smoothing_gap', 'log_stop', 'an
            'fisher_diagonal', 'perturbed', 'adversarial_step', 'row_norms', 'drop_heads', 'LossConfig', 'LossTerms',
            'last_hidden', 'check_stops', 'AdversarialTrainer', 'TermsTrainer']
 
-# %% ../../nbs/03a_sft.losses.ipynb #a0795370
+# %% ../../nbs/03a_sft.losses.ipynb #06f9e22a
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 
-# %% ../../nbs/03a_sft.losses.ipynb #b05d2b2f
+# %% ../../nbs/03a_sft.losses.ipynb #e4d17417
 class LossError(ValueError):
     "A term that can't mean what it says here; the message says why and what to do."
 
@@ -45,7 +45,7 @@ def answer_ce(
     total = cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     return total / max(1, len(targets_N) if num_items is None else num_items)
 
-# %% ../../nbs/03a_sft.losses.ipynb #0c971d73
+# %% ../../nbs/03a_sft.losses.ipynb #92319710
 def smoothing_gap(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
@@ -54,7 +54,7 @@ def smoothing_gap(
     logp_NV = logits_NV.float().log_softmax(-1)
     return logp_NV.gather(1, targets_N[:, None])[:, 0] - logp_NV.mean(1)
 
-# %% ../../nbs/03a_sft.losses.ipynb #8e82d259
+# %% ../../nbs/03a_sft.losses.ipynb #32e847f2
 def log_stop(
     logits_NV: torch.Tensor,
     stop_ids: list[int],  # end-of-turn tokens
@@ -80,7 +80,7 @@ def expected_length(
     survival_N = (reach_N - reach_N[first_A][answer_N]).exp()
     return survival_N.new_zeros(len(count_A)).index_add(0, answer_N, survival_N)
 
-# %% ../../nbs/03a_sft.losses.ipynb #8673194f
+# %% ../../nbs/03a_sft.losses.ipynb #2d8298d1
 def length_term(
     length_A: torch.Tensor,  # expected lengths, tokens
     target: float,  # tokens
@@ -88,7 +88,7 @@ def length_term(
     "Distance of the mean length from the target, as the article has it."
     return (length_A.mean() - target).abs()
 
-# %% ../../nbs/03a_sft.losses.ipynb #e4f70b48
+# %% ../../nbs/03a_sft.losses.ipynb #f63bb277
 def kl_to_base(
     logits_NV: torch.Tensor,  # of the model in training
     base_NV: torch.Tensor,  # of the reference
@@ -97,7 +97,7 @@ def kl_to_base(
     logp_NV, base_NV = logits_NV.float().log_softmax(-1), base_NV.float().log_softmax(-1)
     return (logp_NV.exp() * (logp_NV - base_NV)).sum(1)
 
-# %% ../../nbs/03a_sft.losses.ipynb #1a58a415
+# %% ../../nbs/03a_sft.losses.ipynb #5c2c0ce6
 @contextmanager
 def reference(model):  # a PEFT model
     "The base model: adapter and dropout off, no gradient; everything is as before afterwards."
@@ -110,7 +110,7 @@ def reference(model):  # a PEFT model
         for p, flag in trains: p.requires_grad_(flag)
         for m, flag in modes: m.training = flag
 
-# %% ../../nbs/03a_sft.losses.ipynb #9f6fd6a3
+# %% ../../nbs/03a_sft.losses.ipynb #727e2284
 def token_terms(
     hidden_ND: torch.Tensor,  # last hidden states of the model in training
     targets_N: torch.Tensor,
@@ -132,7 +132,7 @@ def token_terms(
     names = ["gap"] + ["stop"] * bool(stop_ids) + ["kl"] * (base_ND is not None)
     return dict(zip(names, torch.cat(parts, 1), strict=True))
 
-# %% ../../nbs/03a_sft.losses.ipynb #b0be261d
+# %% ../../nbs/03a_sft.losses.ipynb #7192b4d2
 def ewc_penalty(weights: dict, anchors: dict, fisher: dict) -> torch.Tensor:  # scalar; lambda is outside
     "Half the squared way from the start, weighted by importance."
     return sum((fisher[n] * (w - anchors[n]).square()).sum() for n, w in weights.items()) / 2
@@ -145,7 +145,7 @@ def l2_to_start(weights: dict, anchors: dict) -> torch.Tensor:
     "Sum of squared changes."
     return sum((w - anchors[n]).square().sum() for n, w in weights.items())
 
-# %% ../../nbs/03a_sft.losses.ipynb #b8b0b956
+# %% ../../nbs/03a_sft.losses.ipynb #9285ef1c
 def row_ids(inputs: dict) -> torch.Tensor:  # (B, T) number of the sequence that each token belongs to, from 0
     "Which row a token belongs to: by its line, or by positions that start again at 0."
     if "position_ids" in inputs:
@@ -154,7 +154,7 @@ def row_ids(inputs: dict) -> torch.Tensor:  # (B, T) number of the sequence that
     ids_BT = inputs["input_ids"]
     return torch.arange(len(ids_BT), device=ids_BT.device)[:, None].expand(ids_BT.shape)
 
-# %% ../../nbs/03a_sft.losses.ipynb #e85dd511
+# %% ../../nbs/03a_sft.losses.ipynb #553f7afc
 def fisher_diagonal(
     model,
     batches: Iterable[dict],  # one sequence each: input_ids, labels, … of *old* data
@@ -166,8 +166,8 @@ def fisher_diagonal(
     model.eval()
     for batch in batches:
         if row_ids(batch).max() > 0:
-            raise LossError(f"a Fisher batch with {int(row_ids(batch).max()) + 1} sequences: the square of a sum is not "
-                            "the sum of squares. Give one sequence a batch.")
+            raise LossError(f"a Fisher batch with {int(row_ids(batch).max()) + 1} sequences: the square of a sum is "
+                            "not the sum of squares. Give one sequence a batch.")
         inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         labels_BT = inputs.pop("labels")
         nats = answer_ce(model(**inputs, use_cache=False).logits, labels_BT, num_items=1)
@@ -179,7 +179,7 @@ def fisher_diagonal(
     if not count: raise LossError("EWC needs old data to know which weights matter: give at least one old sequence.")
     return {n: f / count for n, f in fisher.items()}
 
-# %% ../../nbs/03a_sft.losses.ipynb #aa2ea11e
+# %% ../../nbs/03a_sft.losses.ipynb #4c5386ce
 @contextmanager
 def perturbed(
     weight: torch.nn.Parameter,  # with its gradient of the first backward pass
@@ -196,7 +196,7 @@ def perturbed(
     finally:
         with torch.no_grad(): weight.copy_(kept)
 
-# %% ../../nbs/03a_sft.losses.ipynb #2e0e2bbc
+# %% ../../nbs/03a_sft.losses.ipynb #ebd7b524
 @contextmanager
 def adversarial_step(
     model,
@@ -226,7 +226,7 @@ def row_norms(g_BTD: torch.Tensor, row_BT: torch.Tensor) -> torch.Tensor:  # (B,
     norm_R = squares_BT.new_zeros(int(row_BT.max()) + 1).index_add(0, row_BT.flatten(), squares_BT.flatten()).sqrt()
     return torch.where(norm_R > 0, norm_R, torch.inf)[row_BT]
 
-# %% ../../nbs/03a_sft.losses.ipynb #2f4d7a8f
+# %% ../../nbs/03a_sft.losses.ipynb #85fa2bec
 def drop_heads(
     model,
     p: float,  # probability that a head is dropped, 0 <= p < 1
@@ -241,12 +241,12 @@ def drop_heads(
         x_BTHd = x_BTD.unflatten(-1, (heads, -1)) * keep_BH.to(x_BTD.dtype) / (1 - p)
         return (x_BTHd.flatten(-2), *args[1:])
     found = [m for n, m in model.named_modules() if n.endswith(".o_proj")]
-    if not found: raise LossError(f"{type(model).__name__} has no layer o_proj. DropHead works on models that have one, "
-                                  "such as Llama, Qwen2 and DeepSeek; set drophead to 0.")
+    if not found: raise LossError(f"{type(model).__name__} has no layer o_proj. DropHead works on models that have "
+                                  "one, such as Llama, Qwen2 and DeepSeek; set drophead to 0.")
     for m in found: handles.callback(m.register_forward_pre_hook(hook).remove)
     return handles
 
-# %% ../../nbs/03a_sft.losses.ipynb #1b685136
+# %% ../../nbs/03a_sft.losses.ipynb #b3330a0c
 @dataclass
 class LossConfig:
     "What is added to cross-entropy; 0 switches a term off."
@@ -272,7 +272,7 @@ class LossConfig:
             raise LossError(f"length_lambda = {self.length_lambda} needs length_target, in tokens from 1 on; "
                             f"found {self.length_target}")
 
-# %% ../../nbs/03a_sft.losses.ipynb #69c29b7f
+# %% ../../nbs/03a_sft.losses.ipynb #56ba4f5c
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 class LossTerms:
@@ -309,7 +309,7 @@ class LossTerms:
             raise LossError("kl_beta: the output layer is trained too, so the base can't be had by switching the "
                             "adapter off. Take it out of lora.modules_to_save.")
 
-# %% ../../nbs/03a_sft.losses.ipynb #9aec3695
+# %% ../../nbs/03a_sft.losses.ipynb #c1ad9375
 @contextmanager
 def last_hidden(model):  # yields a dict that will have "BTD"
     "Keep the last hidden states of the first forward pass inside."
@@ -319,7 +319,7 @@ def last_hidden(model):  # yields a dict that will have "BTD"
     try: yield kept
     finally: handle.remove()
 
-# %% ../../nbs/03a_sft.losses.ipynb #a8e65384
+# %% ../../nbs/03a_sft.losses.ipynb #bc1dcdd3
 def check_stops(targets_N: torch.Tensor, answer_N: torch.Tensor, stop_ids: list[int]):
     "Refuse runs of labels that hold more than one answer."
     inside_N = torch.isin(targets_N[:-1], targets_N.new_tensor(stop_ids)) & (answer_N[:-1] == answer_N[1:])
@@ -327,7 +327,7 @@ def check_stops(targets_N: torch.Tensor, answer_N: torch.Tensor, stop_ids: list[
         raise LossError("length_lambda: an end of turn in the middle of an answer, so answers can't be told apart. Set "
                         "sft.assistant_only_loss=true, and packing_strategy=bfd if rows are packed.")
 
-# %% ../../nbs/03a_sft.losses.ipynb #443de224
+# %% ../../nbs/03a_sft.losses.ipynb #43da5a9e
 @patch
 def _tokens(self: LossTerms, inputs: dict, hidden_BTD: torch.Tensor) -> tuple[dict, torch.Tensor]:
     "`token_terms` of a batch, and which answer each token belongs to."
@@ -343,7 +343,7 @@ def _tokens(self: LossTerms, inputs: dict, hidden_BTD: torch.Tensor) -> tuple[di
         base_ND, _ = answers(clean[0], labels_BT)
     return token_terms(hidden_ND, targets_N, self.base.get_output_embeddings(), base_ND, stop_ids), answer_N
 
-# %% ../../nbs/03a_sft.losses.ipynb #ccae533d
+# %% ../../nbs/03a_sft.losses.ipynb #18c43745
 @patch
 def add(
     self: LossTerms,
@@ -371,7 +371,7 @@ def add(
     extra = extra + sum(held[k] * v / steps for k, v in seen.items() if k in held)
     return loss + extra, {k: v.item() for k, v in (seen | {"added_loss": steps * extra}).items()}
 
-# %% ../../nbs/03a_sft.losses.ipynb #650ae443
+# %% ../../nbs/03a_sft.losses.ipynb #21d4a7be
 class AdversarialTrainer(SFTTrainer):
     "TRL's trainer with a second pass on perturbed embeddings."
     fgm_epsilon, attacking = 0.0, False
@@ -389,7 +389,7 @@ class AdversarialTrainer(SFTTrainer):
         metrics["fgm_loss"].append(worse.item() * self.current_gradient_accumulation_steps)
         return loss
 
-# %% ../../nbs/03a_sft.losses.ipynb #9fe4563d
+# %% ../../nbs/03a_sft.losses.ipynb #d3bc031b
 class TermsTrainer(AdversarialTrainer):
     "TRL's trainer with the terms of a `LossConfig`."
     def __init__(
