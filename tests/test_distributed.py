@@ -1,4 +1,4 @@
-"""Two gloo processes: the result of one, a resume that is exact, one failure for all; recipes that their tools accept."""
+"""Two gloo processes: the result of one, an exact resume, one failure for all; recipes that their tools accept."""
 
 import json
 import os
@@ -124,7 +124,8 @@ def test_the_phase_in_two_processes_has_one_result(two):
 
 
 def test_a_launcher_can_start_the_module():
-    done = subprocess.run([sys.executable, "-m", "deepseek_cookbook.cli", "sft", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "deepseek_cookbook.cli", "sft", "--help"],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "torchrun" in done.stdout
 
 
@@ -148,7 +149,7 @@ def test_a_recipe_is_sound_shell(path):
     assert "\nset -euo pipefail\n" in text and "`" not in text
     code = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
     for line in code:
-        bare = re.sub(r'"[^"]*"|\$\(\(.*?\)\)|\(\(.*?\)\)|\[\[.*?\]\]', "", line)
+        bare = re.sub(r'"\$\([^)]*\)[^"]*"|"[^"]*"|\$\(\(.*?\)\)|\(\(.*?\)\)|\[\[.*?\]\]', "", line)
         assert not re.search(r"\$[\w{@*]", bare), f"{path.name}: not quoted: {line}"
 
 
@@ -181,8 +182,8 @@ def test_accelerate_knows_every_key(path):
 
 def test_the_laptop_recipe_runs(tmp_path):
     "The real file, with the toy model and two steps."
-    words = [f"run.folder={tmp_path}", *two_processes.QUIET, "evaluate.quiet=true", "evaluate.samples=1", "data.limit=16",
-             "sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2"]
+    words = [f"run.folder={tmp_path}", *two_processes.QUIET, "evaluate.quiet=true", "evaluate.samples=1",
+             "data.limit=16", "sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2"]
     done = subprocess.run([ROOT / "recipes/laptop.sh", *words], env=os.environ | {"PROFILE": "tiny"},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -186,7 +186,7 @@ def test_packed_rows_are_counted_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [("lora.r=8", "r = 4 there, 8 here"),
-                                          ("model.name=tiny-qwen2", "tiny-llama there, tiny-qwen2 here")])
+                                          ("model.name=tiny-qwen2", r"tiny-llama\S* there, tiny-qwen2\S* here")])
 def test_a_foreign_checkpoint_is_refused_and_kept(tmp_path, change, says):
     train_sft(short("sft.max_steps=4"), RECORDS, RECORDS[:4], tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -213,14 +213,15 @@ def test_a_loss_that_is_no_number_leaves_its_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "load_model", sick)
     rows = RECORDS + [record(f"What is {poison}?", "Nothing.")]
-    chosen = settings("sft.max_steps=8", "sft.save_steps=1", "sft.eval_steps=1", "sft.logging_steps=1", "sft.bf16=false",
-                      "sft.save_total_limit=none")
+    chosen = settings("sft.max_steps=8", "sft.save_steps=1", "sft.eval_steps=1", "sft.logging_steps=1",
+                      "sft.bf16=false", "sft.save_total_limit=none")
     _, figures = train_sft(chosen, rows, RECORDS[:4], tmp_path)
     log = read_jsonl(tmp_path / "metrics.jsonl")
     stop = next(r for r in log if r.get("event") == "stop_restore")
     found = read_jsonl(tmp_path / "sick_batches.jsonl")
     assert figures["steps"] == stop["step"] < 8
-    assert any(poison in r["text"] for r in found if r["sick"]) and {r["step"] for r in found if r["sick"]} == {stop["step"]}
+    assert any(poison in r["text"] for r in found if r["sick"])
+    assert {r["step"] for r in found if r["sick"]} == {stop["step"]}
     assert not any(poison in r["text"] for r in found if not r["sick"])
     assert any(f"at step {stop['step']}" in r["message"] for r in log if r.get("guard") == "batches")
 
@@ -242,7 +243,8 @@ def test_out_of_memory_comes_with_the_planners_advice(tmp_path, monkeypatch):
         train_sft(short(), RECORDS, RECORDS[:4], tmp_path)
 
 
-@pytest.mark.parametrize("gib, says", [(16, "per_device_train_batch_size="), (10**4, "By that it fits"), (1, "smaller model")])
+@pytest.mark.parametrize("gib, says", [
+    (12, "per_device_train_batch_size="), (10**4, "By that it fits"), (1, "smaller model")])
 def test_advice_depends_on_what_is_there(gib, says):
     chosen = load_settings("laptop", ["sft.max_length=512", "sft.gradient_accumulation_steps=2"])
     assert says in memory_advice(chosen, gib)
@@ -286,7 +288,7 @@ def test_training_stops_when_it_has_waited_long_enough(tmp_path, monkeypatch, pa
 
 
 def test_a_run_that_stopped_early_is_not_taken_further(tmp_path, monkeypatch):
-    """Killed after its last checkpoint and before its adapter was saved: the second call only restores and saves."""
+    """Killed after its last checkpoint and before its adapter was saved: the second call restores the same weights."""
     from trl import SFTTrainer
 
     call = SFTTrainer.prediction_step
@@ -296,7 +298,9 @@ def test_a_run_that_stopped_early_is_not_taken_further(tmp_path, monkeypatch):
     assert train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)[1]["steps"] == 4
     shutil.rmtree(tmp_path / "adapter")
     again = train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)[1]
-    assert (again["steps"], again["best_step"]) == (4, 2) and (tmp_path / "adapter").is_dir()
+    assert again["steps"] <= 5 and again["best_step"] == 2  # a step before it looks; thrown away
+    best, saved = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("checkpoint-2", "adapter"))
+    assert all(torch.equal(best[k], saved[k]) for k in best)
 
 
 def test_replay_adds_a_share_of_old_text(tmp_path):

@@ -1,4 +1,4 @@
-"""Started by torchrun from test_distributed.py: `train_sft` in each process, straight and resumed; FSDP2 by plain torch.
+"""Started by torchrun from test_distributed.py: `train_sft` in each process, and FSDP2 by plain torch.
 
     torchrun --standalone --nproc_per_node=2 tests/two_processes.py FOLDER train|fail
 """

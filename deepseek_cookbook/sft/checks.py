@@ -6,7 +6,7 @@
 __all__ = ['TrainError', 'to_dataset', 'answer_tokens', 'row_lengths', 'check_rows', 'check_checkpoint', 'LastBatches',
            'sick_rows', 'memory_advice', 'told_plainly']
 
-# %% ../../nbs/03h_sft.checks.ipynb #d4651865
+# %% ../../nbs/03h_sft.checks.ipynb #beed75ad
 import json, math, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +16,13 @@ from datasets import Dataset
 from fastcore.basics import patch
 from transformers import TrainerCallback
 
-# %% ../../nbs/03h_sft.checks.ipynb #92c0a44a
+# %% ../../nbs/03h_sft.checks.ipynb #e3ff2d32
 from ..data.formats import to_messages
 from ..planner import PlanError, largest_rows, make_job, memory, ways_out
 from ..settings import Settings, write_jsonl
 from .distributed import rank
 
-# %% ../../nbs/03h_sft.checks.ipynb #b30e13af
+# %% ../../nbs/03h_sft.checks.ipynb #fab03176
 class TrainError(RuntimeError):
     "A training run that can't start or go on; the message says why and what to do."
 
@@ -48,7 +48,7 @@ def answer_tokens(tokenizer, messages: list[dict], max_length: int | None = None
     out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return sum(out["assistant_masks"][:max_length])
 
-# %% ../../nbs/03h_sft.checks.ipynb #23c5529c
+# %% ../../nbs/03h_sft.checks.ipynb #97e0680a
 def row_lengths(dataset) -> list[int]:
     "Tokens of each record of a tokenised dataset, packed or not."
     if "seq_lengths" in dataset.column_names: return [n for row in dataset["seq_lengths"] for n in row]
@@ -68,12 +68,12 @@ def check_rows(
                          "tokens. Raise sft.max_length.")
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if window and lengths[longest] > window:
-        raise TrainError(f"{side} row {longest} (from 0) has {lengths[longest]} tokens, the model's window has {window}. "
-                         "Shorten or drop it, or cut rows by sft.max_length (with sft.padding_free=false).")
+        raise TrainError(f"{side} row {longest} (from 0) has {lengths[longest]} tokens, the model's window has "
+                         f"{window}. Shorten or drop it, or cut rows by sft.max_length (with sft.padding_free=false).")
     lost = records - len(lengths)
     if lost > 0: return f"{side}: {lost} of {records} rows left out, their answers begin after {max_length} tokens"
 
-# %% ../../nbs/03h_sft.checks.ipynb #e0d3e6a1
+# %% ../../nbs/03h_sft.checks.ipynb #d5307b0b
 _SHAPE = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
 
 def _facts(config: dict) -> dict:
@@ -98,7 +98,7 @@ def check_checkpoint(
         raise TrainError(f"{folder} belongs to another run: {'; '.join(differ)}. Nothing was changed. Choose another "
                          "folder (run.folder), or start over: resume=False, on the command line --force.")
 
-# %% ../../nbs/03h_sft.checks.ipynb #4f4517a5
+# %% ../../nbs/03h_sft.checks.ipynb #a013498e
 class LastBatches(TrainerCallback):
     "Writes down the batch at which the loss stopped being a number."
     def __init__(self,
@@ -128,7 +128,7 @@ class LastBatches(TrainerCallback):
         if not math.isfinite(float(logs["loss"])): self.write(state.global_step)
         self.batches = []
 
-# %% ../../nbs/03h_sft.checks.ipynb #5d33d8cd
+# %% ../../nbs/03h_sft.checks.ipynb #0c82c559
 def sick_rows(
     batches: list[tuple],  # step, token ids (B, T), whether all was finite
     tokenizer,
@@ -147,7 +147,7 @@ def write(self: LastBatches, step: int):
     self.log.event(step, "note", "batches", f"the loss stopped being a number at step {rows[-1]['step']}; "
                    f"that batch and the one before it are in {self.path}")
 
-# %% ../../nbs/03h_sft.checks.ipynb #ba7b36a0
+# %% ../../nbs/03h_sft.checks.ipynb #b9f9aec8
 def memory_advice(
     settings: Settings,  # [model], [lora], [sft]
     gib: float | None = None,  # memory of the device; None: of this machine
@@ -176,7 +176,7 @@ def _device_gib() -> float:
     import psutil
     return psutil.virtual_memory().total / 2**30
 
-# %% ../../nbs/03h_sft.checks.ipynb #b548ebbc
+# %% ../../nbs/03h_sft.checks.ipynb #514c26e7
 @contextmanager
 def told_plainly(folder: Path, settings: Settings | None = None):
     "Turn a full disk and a lack of memory into a `TrainError`."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['rank', 'world_size', 'is_main', 'join', 'leave', 'TeamError', 'on_main', 'one_failure']
 
-# %% ../../nbs/03g_sft.distributed.ipynb #25fb449f
+# %% ../../nbs/03g_sft.distributed.ipynb #b747b2ee
 import os
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
-# %% ../../nbs/03g_sft.distributed.ipynb #75c8e333
+# %% ../../nbs/03g_sft.distributed.ipynb #747982c5
 def rank() -> int:
     "The number of this process, from 0."
     return int(os.environ.get("RANK", 0))
@@ -25,7 +25,7 @@ def is_main() -> bool:
     "Whether this process writes files and speaks to the person."
     return rank() == 0
 
-# %% ../../nbs/03g_sft.distributed.ipynb #d08fae4a
+# %% ../../nbs/03g_sft.distributed.ipynb #8d167fa8
 def join():
     "Connect the processes that the launcher started; one process needs no connection."
     if world_size() == 1 or dist.is_initialized(): return
@@ -40,7 +40,7 @@ def leave():
     dist.barrier()
     dist.destroy_process_group()
 
-# %% ../../nbs/03g_sft.distributed.ipynb #9e0837f0
+# %% ../../nbs/03g_sft.distributed.ipynb #8a56a4ce
 class TeamError(RuntimeError):
     "Another process failed first; the message is its message."
 
@@ -57,7 +57,7 @@ def on_main(function, *args):
     if told[1]: raise TeamError(f"process 0: {told[1]}")
     return told[0]
 
-# %% ../../nbs/03g_sft.distributed.ipynb #8b2ef3ca
+# %% ../../nbs/03g_sft.distributed.ipynb #b37e044e
 def _first_message(text: str | None) -> str | None:
     "Pin `text` to the launcher's board if it is the first; return what stands there."
     try:
@@ -68,7 +68,7 @@ def _first_message(text: str | None) -> str | None:
         return board.get(key).decode() if board.check([key]) else None
     except (RuntimeError, KeyError, ValueError): return None  # the launcher is gone, or keeps no board
 
-# %% ../../nbs/03g_sft.distributed.ipynb #6989e7d0
+# %% ../../nbs/03g_sft.distributed.ipynb #a64c3ea4
 @contextmanager
 def one_failure():
     "Whatever stops one process stops all, with the message of the first."

@@ -103,7 +103,7 @@ def with_replay(
     else:
         file = Path(config.general)
         if not file.is_file():
-            raise TrainError(f"train.general = {config.general}: no such file. Write python, or the path of a text file.")
+            raise TrainError(f"train.general = {config.general}: no such file. Write python, or a text file's path.")
         texts = [" ".join(p.split()) for p in file.read_text(encoding="utf-8").split("\n\n") if p.strip()]
     return records + replay_rows(records, texts, config.replay, seed)
 
