@@ -146,6 +146,8 @@ def study(name: str, settings, args, chosen: dict, console: Console) -> list[dic
         f"{before.sum() / count.sum():.3f}"))  # fmt: skip
     rows = []
     for run in STUDIES[name](chosen, model.config.num_hidden_layers):
+        if args.only and not any(part in run.name for part in args.only):
+            continue
         began = time.process_time()
         last, after = zip(*[one(run, settings, seed, d) for seed, d in data.items()], strict=True)
         seconds, after = (time.process_time() - began) / args.seeds, np.concatenate(after)
@@ -164,6 +166,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default=os.environ.get("DSC_PROFILE", "laptop"))
     parser.add_argument("--study", nargs="*", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--only", nargs="*", help="parts of the rows' names, such as full article")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=64, help="held-out records a seed")
@@ -177,7 +180,7 @@ def main():
     chosen = dict(lora=args.lora_rate or settings["sft"]["learning_rate"], full=args.full_rate or 1e-4)
     for name in args.study:
         found[name] = study(name, settings, args, chosen, console)
-        if name == "rates":
+        if name == "rates" and not args.only:
             for weights, given in dict(lora=args.lora_rate, full=args.full_rate).items():
                 best = min((r for r in found[name] if r["weights"] == weights), key=lambda r: r["loss"])
                 chosen[weights] = given or best["rate"]
