@@ -20,7 +20,7 @@ from deepseek_cookbook.sft.train import TrainError, train_sft
 SCRIPT = Path(two_processes.__file__)
 ROOT = SCRIPT.parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-TRAINED = 1e-4  # adapter weights after 12 steps at learning rate 1e-2; measured 5e-7 to 2e-6
+TRAINED = 1e-5  # adapter weights after 12 steps at learning rate 1e-2; measured 5e-7
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_fsdp2_has_the_loss_of_the_whole_model(two):
     "Frozen bf16 base and fp32 adapters, each process with half of every weight."
     out = json.loads((two / "rank-0.json").read_text())["fsdp"]
     assert out["share"] == 0.5
-    assert out["sharded"] == pytest.approx(out["whole"], rel=1e-3)  # bf16 rounds at 4e-3
-    assert out["grad_gap"] < 0.02
+    assert out["sharded"] == pytest.approx(out["whole"], rel=1e-4)
+    assert out["grad_gap"] < 1e-3
 
 
 def test_a_checkpoint_of_two_processes_is_not_continued_by_one(two):
