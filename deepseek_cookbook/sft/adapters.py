@@ -9,7 +9,7 @@ __all__ = ['TWINS', 'FILES', 'LICENSES', 'SECRET', 'PATH', 'AdapterError', 'whol
            'card_license', 'machine', 'plain', 'card_table', 'card_head', 'measured', 'model_card', 'how_to_load',
            'limits', 'stage', 'push_adapter', 'hub_api']
 
-# %% ../../nbs/03d_sft.adapters.ipynb #197afc4d
+# %% ../../nbs/03d_sft.adapters.ipynb #79e3eb9a
 import gc, json, re, shutil, tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-# %% ../../nbs/03d_sft.adapters.ipynb #ca01109a
+# %% ../../nbs/03d_sft.adapters.ipynb #1bd64ae4
 import platform
 from importlib.metadata import version
 
@@ -30,7 +30,7 @@ from ..models import load_model, load_tokenizer, to_dtype
 from ..registry import MODELS, find_model
 from ..settings import Settings, atomic_write
 
-# %% ../../nbs/03d_sft.adapters.ipynb #f1db05bb
+# %% ../../nbs/03d_sft.adapters.ipynb #60e5b50e
 class AdapterError(RuntimeError):
     "An adapter that can't be loaded, merged or published as asked; the message says why and what to do."
 
@@ -51,7 +51,7 @@ def whole_folder(
     finally:
         for stale in (part, old) if folder.exists() else (part,): shutil.rmtree(stale, ignore_errors=True)
 
-# %% ../../nbs/03d_sft.adapters.ipynb #98c82ffc
+# %% ../../nbs/03d_sft.adapters.ipynb #a7e9c2ce
 TWINS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # embedded model -> the hub's original
 
 def base_name(
@@ -71,7 +71,7 @@ def is_local(name: str) -> bool:
     "Whether a name is a folder of some machine."
     return bool(re.match(r"[/\\~.]|[A-Za-z]:[/\\]", name)) or name.count("/") > 1 or Path(name).is_dir()
 
-# %% ../../nbs/03d_sft.adapters.ipynb #09370f0d
+# %% ../../nbs/03d_sft.adapters.ipynb #9162e0a0
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def save_adapter(
@@ -102,7 +102,7 @@ def _read_config(folder: Path) -> dict:
     if isinstance(config, dict): return config
     raise AdapterError(f"{folder / FILES[0]} is damaged: no JSON object. Save the adapter again.")
 
-# %% ../../nbs/03d_sft.adapters.ipynb #9868de1e
+# %% ../../nbs/03d_sft.adapters.ipynb #4c830b13
 def check_adapter(
     model,  # the base model, or a PEFT model on it
     folder: str | Path,  # a saved adapter
@@ -126,7 +126,7 @@ def check_adapter(
             raise AdapterError(f"{folder}: {path} is {wide} wide in {found}, and the adapter was made for {made_for} "
                                f"({made or 'an unnamed base'}). Load the base that it was trained on.")
 
-# %% ../../nbs/03d_sft.adapters.ipynb #890f94bd
+# %% ../../nbs/03d_sft.adapters.ipynb #6a8083ce
 def layer_width(layer, side: str) -> int | None:  # None: no linear layer (experts, router)
     "The width that LoRA's A (input) or B (output) must have on a layer."
     return getattr(layer, "in_features" if side[0] == "A" else "out_features", None)
@@ -140,7 +140,7 @@ def adapter_shapes(folder: str | Path) -> dict[str, list[int]]:
         raise AdapterError(f"{file} is missing or damaged: {e}. Save the adapter again; files in pickle format "
                            "(adapter_model.bin) are not read, because they can run code.") from None
 
-# %% ../../nbs/03d_sft.adapters.ipynb #39a2e182
+# %% ../../nbs/03d_sft.adapters.ipynb #7385d07b
 def load_adapters(
     base,  # a loaded model, quantized or not; changed in place
     folders: dict[str, str | Path],  # name -> folder of a saved adapter
@@ -169,7 +169,7 @@ def _check_complete(model, name: str, folder):
     if lost: raise AdapterError(f"{folder} has nothing for {len(lost)} layers of this model, such as "
         f"{min(lost).removeprefix('base_model.model.')}: it was trained on a smaller one. Load that one.")
 
-# %% ../../nbs/03d_sft.adapters.ipynb #28962b77
+# %% ../../nbs/03d_sft.adapters.ipynb #6cc10222
 def switch_adapter(
     model,  # from `load_adapters`; changed in place
     name: str | None,  # an adapter; None: the base
@@ -182,7 +182,7 @@ def switch_adapter(
     back.callback(_activate, model, before)
     return back
 
-# %% ../../nbs/03d_sft.adapters.ipynb #19112c29
+# %% ../../nbs/03d_sft.adapters.ipynb #1b780262
 def active_adapter(model) -> str | None:  # None: the base answers
     "Which adapter answers."
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
@@ -196,7 +196,7 @@ def _activate(model, name: str | None):
         model.set_adapter(name)
     for parameter, grad in grads: parameter.requires_grad_(grad)
 
-# %% ../../nbs/03d_sft.adapters.ipynb #bb3eee11
+# %% ../../nbs/03d_sft.adapters.ipynb #d6f392ab
 @torch.inference_mode()
 def probe_logits(model, seed: int = 0) -> torch.Tensor:  # (1, T, V)
     "Logits of 64 random tokens, which meet all experts of a small model."
@@ -215,7 +215,7 @@ def check_equal(what: str, a: torch.Tensor, b: torch.Tensor, tolerance: float) -
     raise AdapterError(f"{what}: logits differ by {found:.1e}, more than {tolerance:.0e}. Nothing was written. Is the "
                        "adapter complete, and are its weights finite?")
 
-# %% ../../nbs/03d_sft.adapters.ipynb #48d9ce82
+# %% ../../nbs/03d_sft.adapters.ipynb #5a22a7a1
 def merge_adapter(
     base: str | Path,  # registry name, hub id or folder: what the adapter was trained on
     adapter: str | Path,  # folder of a saved adapter
@@ -243,7 +243,7 @@ def merge_adapter(
         figures |= dict(rounding=difference(rounded, merged), writing=_check_written(part, rounded, tolerance))
     return figures | dict(bytes=size)
 
-# %% ../../nbs/03d_sft.adapters.ipynb #5b25b600
+# %% ../../nbs/03d_sft.adapters.ipynb #91b8ad30
 def _check_written(folder: Path, expected: torch.Tensor, tolerance: float) -> float:
     load_tokenizer(folder)
     found = check_equal("reading the merged folder", probe_logits(load_model(folder, "float32", device="cpu")),
@@ -265,7 +265,7 @@ def check_disk(out: Path, size: int):  # bytes
     if free < 1.05 * size: raise AdapterError(f"{out} needs {size/1e9:.1f} GB, and {free/1e9:.1f} GB are free. "
         "Free some space, choose another disk, or dtype='bfloat16'.")
 
-# %% ../../nbs/03d_sft.adapters.ipynb #2aeaf89d
+# %% ../../nbs/03d_sft.adapters.ipynb #2e4c17c7
 LICENSES = {"Apache-2.0": dict(license="apache-2.0"), "MIT": dict(license="mit"),
     "DeepSeek Model License": dict(license="other", license_name="deepseek", license_link=
         "https://github.com/deepseek-ai/DeepSeek-LLM/blob/HEAD/LICENSE-MODEL")}
@@ -291,7 +291,7 @@ def card_table(rows: dict, head: str) -> str:
     lines = [f"| {k} | {plain(v)} |" for k, v in rows.items() if v is not None]
     return "\n".join([f"| {head} | |", "|---|---|", *lines]) if lines else "Not measured."
 
-# %% ../../nbs/03d_sft.adapters.ipynb #42000e1c
+# %% ../../nbs/03d_sft.adapters.ipynb #58373dbb
 def card_head(settings: Settings, comparison: dict | None, data: dict | None, language, title: str) -> str:
     "The YAML head of a card."
     model = find_model(settings["model"]["name"])
@@ -320,7 +320,7 @@ def measured(figures: dict, comparison: dict | None) -> str:
              "peak_memory_gib")
     return "\n".join([*out, card_table({k: figures.get(k) for k in shown}, "training")])
 
-# %% ../../nbs/03d_sft.adapters.ipynb #b74c0490
+# %% ../../nbs/03d_sft.adapters.ipynb #cf072e02
 def model_card(
     settings: Settings,  # of the run
     figures: dict,  # what `train_sft` measured
@@ -359,26 +359,27 @@ A LoRA adapter on `{plain(hub)}`, trained by supervised fine-tuning on the answe
 
 {card_table({f"{s}.{k}": v for s in ("lora", "sft") for k, v in settings[s].items()}, "setting")}
 
-{how_to_load(base, repo_id or "FOLDER")}
+{how_to_load(base, repo_id)}
 
 {limits(base, comparison)}
 """
 
-# %% ../../nbs/03d_sft.adapters.ipynb #fcda94fe
-def how_to_load(base: str, adapter: str) -> str:
+# %% ../../nbs/03d_sft.adapters.ipynb #a9465881
+def how_to_load(base: str, repo_id: str | None) -> str:
     "Code that loads the adapter, with this package and without it."
     own, hub = plain(base), plain(TWINS.get(base, base))
+    where = f'snapshot_download("{repo_id}")' if repo_id else '"FOLDER"'
     return f"""## How to load
 
 ```python
 from deepseek_cookbook import load_model, load_tokenizer
 from huggingface_hub import snapshot_download
-model = load_model("{own}", adapter=snapshot_download("{adapter}"))
+model = load_model("{own}", adapter={where})
 tokenizer = load_tokenizer("{own}")  # with the chat template of the training
 
 from peft import PeftModel  # or without deepseek-cookbook
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{hub}"), "{adapter}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{hub}"), {where})
 ```"""
 
 def limits(base: str, comparison: dict | None) -> str:
@@ -390,7 +391,7 @@ def limits(base: str, comparison: dict | None) -> str:
                                    "original its numbers differ.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 
-# %% ../../nbs/03d_sft.adapters.ipynb #20d4c421
+# %% ../../nbs/03d_sft.adapters.ipynb #ecd14099
 SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16})\b")
 PATH = re.compile(r"(?:^|[\s\"'`(=])((?:/(?:home|root|Users|tmp|mnt|data|work|var|srv|opt)/|[A-Za-z]:\\)[^\s\"'`)|]*)")
 
@@ -414,7 +415,7 @@ def stage(
         (to / name).write_text(text, encoding="utf-8")
     shutil.copy(folder / FILES[1], to / FILES[1])
 
-# %% ../../nbs/03d_sft.adapters.ipynb #2a9c7f94
+# %% ../../nbs/03d_sft.adapters.ipynb #e811b750
 def push_adapter(
     folder: str | Path,  # a saved adapter
     repo_id: str,  # user/name
@@ -445,7 +446,7 @@ def push_adapter(
                                "check the name and the token's right to write, and push again.") from e
     return f"{constants.ENDPOINT}/{repo_id}"
 
-# %% ../../nbs/03d_sft.adapters.ipynb #2e2e7fc0
+# %% ../../nbs/03d_sft.adapters.ipynb #ad9c0415
 def hub_api(folder: Path, token: str | None) -> HfApi:
     "A client of the hub, or why there can be none."
     kept = f"The card stands in {folder / 'README.md'}, and nothing was sent."
