@@ -632,6 +632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'deepseek_cookbook.models.quantizer': ('models.html#quantizer', 'deepseek_cookbook/models.py'),
                                           'deepseek_cookbook.models.reach_hub': ('models.html#reach_hub', 'deepseek_cookbook/models.py'),
                                           'deepseek_cookbook.models.read_model': ('models.html#read_model', 'deepseek_cookbook/models.py'),
+                                          'deepseek_cookbook.models.return_freed_memory': ( 'models.html#return_freed_memory',
+                                                                                            'deepseek_cookbook/models.py'),
                                           'deepseek_cookbook.models.to_dtype': ('models.html#to_dtype', 'deepseek_cookbook/models.py'),
                                           'deepseek_cookbook.models.weight_bytes': ( 'models.html#weight_bytes',
                                                                                      'deepseek_cookbook/models.py')},

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BYTES', 'Precision', 'has_bf16_cpu', 'precision', 'attention_kernel', 'locate', 'hub_error', 'reach_hub',
            'check_spaces', 'guess_template', 'load_tokenizer', 'count_parameters', 'weight_bytes', 'check_memory',
-           'quantizer', 'to_dtype', 'agree', 'read_model', 'load_model', 'local_device', 'load_adapter']
+           'return_freed_memory', 'quantizer', 'to_dtype', 'agree', 'read_model', 'load_model', 'local_device',
+           'load_adapter']
 
 # %% ../nbs/00e_models.ipynb #10062973
-import logging, math, os, re
+import ctypes, logging, math, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import httpx, psutil, torch
@@ -175,6 +176,15 @@ def check_memory(name: str | Path, need: int, device: str, quantization: str | N
     fitting = [m.name for m in MODELS.values() if m.task != "test" and 2*m.shape.parameters <= free]
     if fitting: lines.append(f"- models that fit in 16 bits: {', '.join(fitting[:6])}")
     raise ModelError("\n".join(lines + ["- what a method needs in all: deepseek-cookbook plan --model …"]))
+
+# %% ../nbs/00e_models.ipynb #abef09cd
+def return_freed_memory(
+    threshold: int = 2**17,  # bytes; a block of this size or more is mapped, and given back when it is freed
+) -> bool:  # False where the C library is not glibc
+    "Make `malloc` give freed tensors back to the system, for the rest of the process."
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of <malloc.h>
+    try: return bool(ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, threshold))
+    except (OSError, AttributeError): return False
 
 # %% ../nbs/00e_models.ipynb #36fce9c6
 def quantizer(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -137,7 +137,7 @@ class Memory:
     logits: int
     kv_cache: int  # of the rollouts of PPO
     gathered: int  # layers that a sharded run collects from the other GPUs
-    allocator: int  # what malloc keeps on a CPU
+    allocator: int  # what malloc keeps on a CPU, without checkpointing
     reserve: int  # libraries, context, fragments
     accumulates: bool = False  # gradients are there when the backward pass starts
 
@@ -203,12 +203,13 @@ def memory(
     stream = graphs*tokens*s.hidden*(2 if job.dtype == "half" else 4)*s.layers
     kept = stream if job.checkpointing else block*s.layers
     share, gradients = math.ceil(job.batch/gpus), 4*trained//gpus
-    heap = max(kept + block*job.checkpointing, gradients + block)  # its largest extent in a step
+    heap = max(kept, gradients + block)  # its largest extent in a step
+    keeps = job.device.cpu and not job.checkpointing
     return Memory(weights=int(model_bytes(job)/gpus), gradients=gradients, optimizer=8*trained//gpus,
         casts=int(cast_bytes(job, gpus)), activations=kept, block=block if job.checkpointing else block//2,
         logits=logit_bytes(job, rows), kv_cache=kv_bytes(job, share) if job.method == "ppo" else 0,
         gathered=0 if gpus == 1 else int(2*(2*s.parameters/s.layers + s.vocab*s.hidden)),
-        allocator=2*heap - kept if job.device.cpu else 0, reserve=int(job.device.reserve*2**30),
+        allocator=2*heap - kept if keeps else 0, reserve=int(job.device.reserve*2**30),
         accumulates=share > rows)
 
 # %% ../nbs/00f_planner.ipynb #ebe042d5
