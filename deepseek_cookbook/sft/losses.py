@@ -8,7 +8,7 @@ __all__ = ['LossError', 'answers', 'answer_ce', 'smoothing_gap', 'log_stop', 'an
            'fisher_diagonal', 'perturbed', 'adversarial_step', 'row_norms', 'drop_heads', 'LossConfig', 'LossTerms',
            'last_hidden', 'check_stops', 'AdversarialTrainer', 'TermsTrainer']
 
-# %% ../../nbs/03a_sft.losses.ipynb #06f9e22a
+# %% ../../nbs/03a_sft.losses.ipynb #4a74cd00
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 
-# %% ../../nbs/03a_sft.losses.ipynb #e4d17417
+# %% ../../nbs/03a_sft.losses.ipynb #ce04bccd
 class LossError(ValueError):
     "A term that can't mean what it says here; the message says why and what to do."
 
@@ -45,7 +45,7 @@ def answer_ce(
     total = cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     return total / max(1, len(targets_N) if num_items is None else num_items)
 
-# %% ../../nbs/03a_sft.losses.ipynb #92319710
+# %% ../../nbs/03a_sft.losses.ipynb #dff31965
 def smoothing_gap(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
@@ -54,7 +54,7 @@ def smoothing_gap(
     logp_NV = logits_NV.float().log_softmax(-1)
     return logp_NV.gather(1, targets_N[:, None])[:, 0] - logp_NV.mean(1)
 
-# %% ../../nbs/03a_sft.losses.ipynb #32e847f2
+# %% ../../nbs/03a_sft.losses.ipynb #a56b5a31
 def log_stop(
     logits_NV: torch.Tensor,
     stop_ids: list[int],  # end-of-turn tokens
@@ -80,7 +80,7 @@ def expected_length(
     survival_N = (reach_N - reach_N[first_A][answer_N]).exp()
     return survival_N.new_zeros(len(count_A)).index_add(0, answer_N, survival_N)
 
-# %% ../../nbs/03a_sft.losses.ipynb #2d8298d1
+# %% ../../nbs/03a_sft.losses.ipynb #32a9fc2c
 def length_term(
     length_A: torch.Tensor,  # expected lengths, tokens
     target: float,  # tokens
@@ -88,7 +88,7 @@ def length_term(
     "Distance of the mean length from the target, as the article has it."
     return (length_A.mean() - target).abs()
 
-# %% ../../nbs/03a_sft.losses.ipynb #f63bb277
+# %% ../../nbs/03a_sft.losses.ipynb #14bc2324
 def kl_to_base(
     logits_NV: torch.Tensor,  # of the model in training
     base_NV: torch.Tensor,  # of the reference
@@ -97,7 +97,7 @@ def kl_to_base(
     logp_NV, base_NV = logits_NV.float().log_softmax(-1), base_NV.float().log_softmax(-1)
     return (logp_NV.exp() * (logp_NV - base_NV)).sum(1)
 
-# %% ../../nbs/03a_sft.losses.ipynb #5c2c0ce6
+# %% ../../nbs/03a_sft.losses.ipynb #90d0ce3a
 @contextmanager
 def reference(model):  # a PEFT model
     "The base model: adapter and dropout off, no gradient; everything is as before afterwards."
@@ -110,7 +110,7 @@ def reference(model):  # a PEFT model
         for p, flag in trains: p.requires_grad_(flag)
         for m, flag in modes: m.training = flag
 
-# %% ../../nbs/03a_sft.losses.ipynb #727e2284
+# %% ../../nbs/03a_sft.losses.ipynb #acdedd43
 def token_terms(
     hidden_ND: torch.Tensor,  # last hidden states of the model in training
     targets_N: torch.Tensor,
@@ -132,7 +132,7 @@ def token_terms(
     names = ["gap"] + ["stop"] * bool(stop_ids) + ["kl"] * (base_ND is not None)
     return dict(zip(names, torch.cat(parts, 1), strict=True))
 
-# %% ../../nbs/03a_sft.losses.ipynb #7192b4d2
+# %% ../../nbs/03a_sft.losses.ipynb #bb9503b2
 def ewc_penalty(weights: dict, anchors: dict, fisher: dict) -> torch.Tensor:  # scalar; lambda is outside
     "Half the squared way from the start, weighted by importance."
     return sum((fisher[n] * (w - anchors[n]).square()).sum() for n, w in weights.items()) / 2
@@ -145,7 +145,7 @@ def l2_to_start(weights: dict, anchors: dict) -> torch.Tensor:
     "Sum of squared changes."
     return sum((w - anchors[n]).square().sum() for n, w in weights.items())
 
-# %% ../../nbs/03a_sft.losses.ipynb #9285ef1c
+# %% ../../nbs/03a_sft.losses.ipynb #45153421
 def row_ids(inputs: dict) -> torch.Tensor:  # (B, T) number of the sequence that each token belongs to, from 0
     "Which row a token belongs to: by its line, or by positions that start again at 0."
     if "position_ids" in inputs:
@@ -154,7 +154,7 @@ def row_ids(inputs: dict) -> torch.Tensor:  # (B, T) number of the sequence that
     ids_BT = inputs["input_ids"]
     return torch.arange(len(ids_BT), device=ids_BT.device)[:, None].expand(ids_BT.shape)
 
-# %% ../../nbs/03a_sft.losses.ipynb #553f7afc
+# %% ../../nbs/03a_sft.losses.ipynb #bfe61533
 def fisher_diagonal(
     model,
     batches: Iterable[dict],  # one sequence each: input_ids, labels, … of *old* data
@@ -179,7 +179,7 @@ def fisher_diagonal(
     if not count: raise LossError("EWC needs old data to know which weights matter: give at least one old sequence.")
     return {n: f / count for n, f in fisher.items()}
 
-# %% ../../nbs/03a_sft.losses.ipynb #4c5386ce
+# %% ../../nbs/03a_sft.losses.ipynb #7cd80296
 @contextmanager
 def perturbed(
     weight: torch.nn.Parameter,  # with its gradient of the first backward pass
@@ -196,7 +196,7 @@ def perturbed(
     finally:
         with torch.no_grad(): weight.copy_(kept)
 
-# %% ../../nbs/03a_sft.losses.ipynb #ebd7b524
+# %% ../../nbs/03a_sft.losses.ipynb #e0b48b9b
 @contextmanager
 def adversarial_step(
     model,
@@ -226,7 +226,7 @@ def row_norms(g_BTD: torch.Tensor, row_BT: torch.Tensor) -> torch.Tensor:  # (B,
     norm_R = squares_BT.new_zeros(int(row_BT.max()) + 1).index_add(0, row_BT.flatten(), squares_BT.flatten()).sqrt()
     return torch.where(norm_R > 0, norm_R, torch.inf)[row_BT]
 
-# %% ../../nbs/03a_sft.losses.ipynb #85fa2bec
+# %% ../../nbs/03a_sft.losses.ipynb #c5d9343d
 def drop_heads(
     model,
     p: float,  # probability that a head is dropped, 0 <= p < 1
@@ -246,7 +246,7 @@ def drop_heads(
     for m in found: handles.callback(m.register_forward_pre_hook(hook).remove)
     return handles
 
-# %% ../../nbs/03a_sft.losses.ipynb #b3330a0c
+# %% ../../nbs/03a_sft.losses.ipynb #8ddc3e6f
 @dataclass
 class LossConfig:
     "What is added to cross-entropy; 0 switches a term off."
@@ -272,7 +272,7 @@ class LossConfig:
             raise LossError(f"length_lambda = {self.length_lambda} needs length_target, in tokens from 1 on; "
                             f"found {self.length_target}")
 
-# %% ../../nbs/03a_sft.losses.ipynb #56ba4f5c
+# %% ../../nbs/03a_sft.losses.ipynb #9ae3982d
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 class LossTerms:
@@ -309,7 +309,7 @@ class LossTerms:
             raise LossError("kl_beta: the output layer is trained too, so the base can't be had by switching the "
                             "adapter off. Take it out of lora.modules_to_save.")
 
-# %% ../../nbs/03a_sft.losses.ipynb #c1ad9375
+# %% ../../nbs/03a_sft.losses.ipynb #d9a359a0
 @contextmanager
 def last_hidden(model):  # yields a dict that will have "BTD"
     "Keep the last hidden states of the first forward pass inside."
@@ -319,7 +319,7 @@ def last_hidden(model):  # yields a dict that will have "BTD"
     try: yield kept
     finally: handle.remove()
 
-# %% ../../nbs/03a_sft.losses.ipynb #bc1dcdd3
+# %% ../../nbs/03a_sft.losses.ipynb #5893a4ad
 def check_stops(targets_N: torch.Tensor, answer_N: torch.Tensor, stop_ids: list[int]):
     "Refuse runs of labels that hold more than one answer."
     inside_N = torch.isin(targets_N[:-1], targets_N.new_tensor(stop_ids)) & (answer_N[:-1] == answer_N[1:])
@@ -327,7 +327,7 @@ def check_stops(targets_N: torch.Tensor, answer_N: torch.Tensor, stop_ids: list[
         raise LossError("length_lambda: an end of turn in the middle of an answer, so answers can't be told apart. Set "
                         "sft.assistant_only_loss=true, and packing_strategy=bfd if rows are packed.")
 
-# %% ../../nbs/03a_sft.losses.ipynb #43da5a9e
+# %% ../../nbs/03a_sft.losses.ipynb #ac52679a
 @patch
 def _tokens(self: LossTerms, inputs: dict, hidden_BTD: torch.Tensor) -> tuple[dict, torch.Tensor]:
     "`token_terms` of a batch, and which answer each token belongs to."
@@ -343,7 +343,7 @@ def _tokens(self: LossTerms, inputs: dict, hidden_BTD: torch.Tensor) -> tuple[di
         base_ND, _ = answers(clean[0], labels_BT)
     return token_terms(hidden_ND, targets_N, self.base.get_output_embeddings(), base_ND, stop_ids), answer_N
 
-# %% ../../nbs/03a_sft.losses.ipynb #18c43745
+# %% ../../nbs/03a_sft.losses.ipynb #e70e5f98
 @patch
 def add(
     self: LossTerms,
@@ -371,7 +371,7 @@ def add(
     extra = extra + sum(held[k] * v / steps for k, v in seen.items() if k in held)
     return loss + extra, {k: v.item() for k, v in (seen | {"added_loss": steps * extra}).items()}
 
-# %% ../../nbs/03a_sft.losses.ipynb #21d4a7be
+# %% ../../nbs/03a_sft.losses.ipynb #669e3ecf
 class AdversarialTrainer(SFTTrainer):
     "TRL's trainer with a second pass on perturbed embeddings."
     fgm_epsilon, attacking = 0.0, False
@@ -389,7 +389,7 @@ class AdversarialTrainer(SFTTrainer):
         metrics["fgm_loss"].append(worse.item() * self.current_gradient_accumulation_steps)
         return loss
 
-# %% ../../nbs/03a_sft.losses.ipynb #d3bc031b
+# %% ../../nbs/03a_sft.losses.ipynb #0a0dc717
 class TermsTrainer(AdversarialTrainer):
     "TRL's trainer with the terms of a `LossConfig`."
     def __init__(
