@@ -7,17 +7,17 @@ __all__ = ['NAMES', 'CURRENCIES', 'ACCOUNTS', 'KEYS', 'CITIES', 'SCENES', 'Scene
            'tone_score', 'find_json', 'json_fields', 'json_score', 'history_score', 'make_scene', 'wilson',
            'score_case', 'score_table', 'answer_cases']
 
-# %% ../../nbs/03f_sft.control.ipynb #c35a9675
+# %% ../../nbs/03f_sft.control.ipynb #41a2b5d1
 import json, math, random, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# %% ../../nbs/03f_sft.control.ipynb #683f1c73
+# %% ../../nbs/03f_sft.control.ipynb #07c1d669
 from ..data.formats import to_messages
 from ..evaluate.metrics import EvaluateConfig, answer
 from ..settings import nearest
 
-# %% ../../nbs/03f_sft.control.ipynb #b99b45e0
+# %% ../../nbs/03f_sft.control.ipynb #7c94d1f0
 class SceneError(ValueError):
     "A scene that can't be made; the message says which and what to do."
 
@@ -36,7 +36,7 @@ def _wordings(text: str) -> dict[bool, list[list[str]]]:
     cells = lambda line: [c.strip() for c in line.lstrip("*").split("|")]
     return {held: [cells(line) for line in lines if line.startswith("*") == held] for held in (False, True)}
 
-# %% ../../nbs/03f_sft.control.ipynb #60e492d0
+# %% ../../nbs/03f_sft.control.ipynb #12dbadcb
 def is_held_out(
     number: int,
 ) -> bool:
@@ -58,7 +58,7 @@ NAMES = {"en": _wordings("""Mei Tan | Omar Haddad | Julia Novak | Peter Osei | L
 def _name(rng: random.Random, language: str, held: bool) -> str:
     return rng.choice([n for line in NAMES[language][held] for n in line])
 
-# %% ../../nbs/03f_sft.control.ipynb #a5f96ff2
+# %% ../../nbs/03f_sft.control.ipynb #b6092ea4
 _TONE = {"en": _wordings("""card | I have lost my card. What should I do?
     card | My card has gone missing since yesterday.
     card | Somebody stole my card this morning.
@@ -85,7 +85,7 @@ _TONE = {"en": _wordings("""card | I have lost my card. What should I do?
     * appointment | Please find me an appointment on Friday.
     * appointment | Is there any free appointment this month?""")}
 
-# %% ../../nbs/03f_sft.control.ipynb #d5f95cb2
+# %% ../../nbs/03f_sft.control.ipynb #d296c2a9
 _TONE["zh"] = _wordings("""卡 | 我的卡丢了，怎么办？
     卡 | 银行卡被偷了。
     卡 | 我的卡不见了。
@@ -111,7 +111,7 @@ _TONE_ASKS = {"en": _wordings("""Tone: {tone}.
     * 回复要{tone}。""")}
 _TONE_NAMES = {"en": dict(formal="formal", friendly="friendly"), "zh": dict(formal="正式", friendly="亲切")}
 
-# %% ../../nbs/03f_sft.control.ipynb #1bc79a49
+# %% ../../nbs/03f_sft.control.ipynb #a6453781
 _BODIES = {"en": _wordings("""
     card | We have blocked the card and will send a new one. | We've blocked your card, a new one's coming!
     fee | We have reviewed the fee and will refund it. | We've checked the fee and you'll get it back!
@@ -129,7 +129,7 @@ _FRAMES = {"en": dict(formal=("Dear {name}, {body} Yours sincerely, Customer Ser
            "zh": dict(formal=("尊敬的{name}：{body}此致敬礼。", "尊敬的{name}：{body}感谢您的理解。"),
                       friendly=("{name}你好呀！{body}", "嗨，{name}！{body}别担心哦～"))}
 
-# %% ../../nbs/03f_sft.control.ipynb #d4cddc7c
+# %% ../../nbs/03f_sft.control.ipynb #f7806fe7
 def _tone(rng: random.Random, held: bool, language: str) -> list[Case]:
     "The same message with both tones asked for."
     topic, text = rng.choice(_TONE[language][held])
@@ -143,7 +143,7 @@ def _tone(rng: random.Random, held: bool, language: str) -> list[Case]:
         pair.append(Case("tone", language, record, dict(tone=tone, topic=topic, name=name.split()[0]), (text, ask)))
     return pair
 
-# %% ../../nbs/03f_sft.control.ipynb #3e8202ea
+# %% ../../nbs/03f_sft.control.ipynb #cf9b7763
 _FORMAL = re.compile(r"""\bdear\b | \byours\ (?:sincerely|faithfully|truly)\b | \bsincerely\b
     | \b(?:kind|kindest|best)\ regards\b | \bkindly\b | \bregret\b | \bapologi[sz]e\b
     | \binconvenience\b | \bhesitate\b | \bassist(?:ance)?\b
@@ -169,7 +169,7 @@ def tone_score(
     return dict(tone=tone_of(text) == case.want["tone"], name=case.want["name"].casefold() in low,
                 topic=case.want["topic"] in low)
 
-# %% ../../nbs/03f_sft.control.ipynb #97459de4
+# %% ../../nbs/03f_sft.control.ipynb #625df92f
 CURRENCIES = dict(USD=("dollars", "美元"), EUR=("euros", "欧元"), GBP=("pounds", "英镑"), CNY=("yuan", "元"))
 ACCOUNTS = dict(savings=("savings", "储蓄"), current=("current", "活期"), business=("business", "对公"))
 KEYS = ("intent", "sentiment", "amount", "currency", "account", "credit_score")
@@ -206,7 +206,7 @@ _JSON = {"en": _wordings("""transfer | neutral | Please transfer {amount} {curre
     * balance | neutral | Show me the money in the {account} account.
     * balance | neutral | Are there {amount} {currency} in my {account} account?""")}
 
-# %% ../../nbs/03f_sft.control.ipynb #0ec4cb31
+# %% ../../nbs/03f_sft.control.ipynb #da9ae6cf
 _JSON["zh"] = _wordings("""transfer | neutral | 请从{account}账户转{amount}{currency}。
     transfer | neutral | 我要从{account}账户汇出{amount}{currency}。
     transfer | neutral | 把{account}账户的{amount}{currency}转给房东。
@@ -244,7 +244,7 @@ def _json(rng: random.Random, held: bool, language: str) -> list[Case]:
                   output=json.dumps(want), system=_JSON_SYSTEM)
     return [Case("json", language, record, want, (text, ask))]
 
-# %% ../../nbs/03f_sft.control.ipynb #cbce2e9f
+# %% ../../nbs/03f_sft.control.ipynb #cd2ded42
 def _pairs(pairs: list[tuple]) -> dict:
     if len(dict(pairs)) < len(pairs): raise ValueError("a key comes twice")
     return dict(pairs)
@@ -263,7 +263,7 @@ def find_json(
         return found, not (text[:at] + text[end:]).strip()
     return None, False
 
-# %% ../../nbs/03f_sft.control.ipynb #21764581
+# %% ../../nbs/03f_sft.control.ipynb #d753071a
 def json_fields(
     text: str,  # an answer
     record: dict,  # its output is the right object
@@ -281,7 +281,7 @@ def json_score(
     keys = only and found.keys() == json.loads(record["output"]).keys()
     return dict(found=found is not None, only=only, keys=keys, values=keys and all(json_fields(text, record).values()))
 
-# %% ../../nbs/03f_sft.control.ipynb #d8b44335
+# %% ../../nbs/03f_sft.control.ipynb #cd272cc0
 _TELL = _wordings("""reference | My reference number is {value}.
     reference | I am writing about reference {value}.
     reference | The letter says reference number {value}.
@@ -316,7 +316,7 @@ _LABELS = dict(reference="reference number", name="name", branch="branch")
 CITIES = _wordings("""Lisbon | Oslo | Dublin | Vienna | Geneva | Madrid | Krakow | Naples | Bergen | Porto
     * Toronto | Zagreb | Antwerp | Leeds | Helsinki""")
 
-# %% ../../nbs/03f_sft.control.ipynb #4e57e9ec
+# %% ../../nbs/03f_sft.control.ipynb #3dc59da8
 def _history(rng: random.Random, held: bool, language: str) -> list[Case]:
     "A question whose answer stands in an earlier turn, and the same question without that turn."
     asked, other = rng.sample(list(_LABELS), 2)
@@ -332,7 +332,7 @@ def _history(rng: random.Random, held: bool, language: str) -> list[Case]:
         t for k, t in turns if group == "told" or k == other]), dict(value=values[asked], other=values[other]),
         (recall, *tells.values())) for group in ("told", "missing")]
 
-# %% ../../nbs/03f_sft.control.ipynb #eee04878
+# %% ../../nbs/03f_sft.control.ipynb #98702f56
 _ASKS = re.compile(r"(?:do not|don['’]t|haven['’]t|have not|not yet|no (?:record|access))|(?:could|can|may|would) you"
                    r"|please (?:tell|give|provide|let|share)|(?:need|require) (?:your|the|more)", re.IGNORECASE)
 
@@ -346,7 +346,7 @@ def history_score(
     right = has(case.want["value"]) if told else bool(_ASKS.search(text)) and not has(case.want["other"])
     return dict(recall=right, other=has(case.want["other"]))
 
-# %% ../../nbs/03f_sft.control.ipynb #4358590b
+# %% ../../nbs/03f_sft.control.ipynb #5cc1e803
 SCENES = dict(tone=_tone, json=_json, history=_history)
 
 def _draw(name: str, rng: random.Random, held: bool, chinese: float) -> Iterator[Case]:
@@ -377,7 +377,7 @@ def make_scene(
                              f"{len(sides[-1])} found. Ask for fewer, or add wordings to its table.")
     return tuple(sides)
 
-# %% ../../nbs/03f_sft.control.ipynb #7f2d68fc
+# %% ../../nbs/03f_sft.control.ipynb #ef59a47b
 def wilson(
     hits: int,  # 0 to n
     n: int,  # number of prompts, above 0
@@ -389,7 +389,7 @@ def wilson(
     middle, half = (p + z * z / (2 * n)) / wide, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / wide
     return max(0.0, middle - half), min(1.0, middle + half)
 
-# %% ../../nbs/03f_sft.control.ipynb #39b348d1
+# %% ../../nbs/03f_sft.control.ipynb #89e0c373
 def score_case(
     case: Case,
     text: str,  # a model's answer
@@ -414,7 +414,7 @@ def score_table(
                  **{c: [sum(hits), *(round(x, 2) for x in wilson(sum(hits), len(hits)))] for c, hits in row.items()})
             for (scene, group, level), row in sorted(table.items())]
 
-# %% ../../nbs/03f_sft.control.ipynb #d21e4fa9
+# %% ../../nbs/03f_sft.control.ipynb #7ddf0357
 def answer_cases(
     model,
     tokenizer,
