@@ -33,7 +33,7 @@ PHASES = (
     Phase("data", "read, clean, split", "deepseek_cookbook.data.mix:data_phase",
           ("run", "data", "clean"), files=("train.jsonl", "validation.jsonl", "rejected.jsonl")),
     Phase("sft", "train a LoRA adapter on the answers", "deepseek_cookbook.sft.train:sft_phase",
-          ("run", "model", "lora", "sft", "monitor"), ("data",),
+          ("run", "model", "lora", "sft", "train", "loss", "optim", "monitor"), ("data",),
           ("metrics.jsonl", "adapter/adapter_model.safetensors")),
     Phase("evaluate", "held-out loss and answers, before and after",
           "deepseek_cookbook.evaluate.metrics:evaluate_phase", ("run", "model", "evaluate"), ("data", "sft")),

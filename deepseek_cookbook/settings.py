@@ -24,6 +24,9 @@ SECTIONS = {
     "augment": "deepseek_cookbook.augment.gate:AugmentConfig",
     "lora": "peft:LoraConfig",
     "sft": "trl:SFTConfig",
+    "train": "deepseek_cookbook.sft.train:TrainConfig",
+    "loss": "deepseek_cookbook.sft.losses:LossConfig",
+    "optim": "deepseek_cookbook.sft.optim:OptimConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",
     "evaluate": "deepseek_cookbook.evaluate.metrics:EvaluateConfig",
 }

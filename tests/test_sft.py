@@ -101,8 +101,8 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 
 def test_a_failed_save_keeps_the_old_adapter(tmp_path):
     class Full:
-        def save_pretrained(self, folder):
-            Path(folder).mkdir()
+        def save_pretrained(self, folder, **kwargs):
+            Path(folder).mkdir(exist_ok=True)
             (Path(folder) / "adapter_model.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
