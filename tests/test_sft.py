@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from deepseek_cookbook.models import load_model, load_tokenizer
-from deepseek_cookbook.settings import load_settings, read_json, read_jsonl
+from deepseek_cookbook.settings import SettingsError, load_settings, read_json, read_jsonl
 from deepseek_cookbook.sft.checks import TrainError, memory_advice, to_dataset
 from deepseek_cookbook.sft.train import TrainConfig, last_checkpoint, save_adapter, sft_config, train_sft, with_replay
 
@@ -317,7 +317,7 @@ def test_replay_adds_a_share_of_old_text(tmp_path):
 @pytest.mark.parametrize("keys, says", [(dict(patience=0), "patience = 0"), (dict(replay=1), "replay = 1"),
                                         (dict(general="gone.txt", replay=0.1), "gone.txt")])
 def test_a_wrong_train_key_is_named(tmp_path, keys, says):
-    with pytest.raises(TrainError, match=says):
+    with pytest.raises((TrainError, SettingsError), match=says):
         train_sft(train_keys(short(), **keys), RECORDS, RECORDS[:4], tmp_path)
 
 
@@ -364,3 +364,80 @@ def test_killed_and_run_again_equals_straight(straight, tmp_path, how):
     loss = [read_json(folder / "evaluate/result.json")["result"]["after"]["loss"] for folder in folders]
     assert resumed[1] and not resumed[0]
     assert abs(loss[0] - loss[1]) < 1e-4
+
+
+def test_terms_and_groups_are_settings(tmp_path):
+    """One override switches a term on, one a rate; the log shows the first, the optimizer the second."""
+    chosen = settings("loss.kl_beta=0.5", "optim.lora_plus_ratio=4", "sft.max_steps=4",
+                      "sft.eval_steps=4", "sft.save_steps=4", "sft.logging_steps=1")  # fmt: skip
+    train_sft(chosen, RECORDS, RECORDS[:8], tmp_path)
+    rows = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "kl" in r]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] > 1e-4
+    assert rows[-1]["added_loss"] == pytest.approx(0.5 * rows[-1]["kl"], rel=1e-3)
+    state = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    rates = {g["name"]: g["initial_lr"] for g in state["param_groups"]}
+    assert max(rates.values()) == pytest.approx(4 * min(rates.values()))
+
+
+def test_a_run_with_all_terms_resumes_exactly(tmp_path):
+    """The anchors of EWC are the weights before training, also in a resumed run."""
+    terms = ["loss.kl_beta=0.1", "loss.ewc_lambda=10", "loss.l2_start=0.1", "loss.fgm_epsilon=0.1", "loss.drophead=0.1",
+             "loss.label_smoothing=0.1", "optim.layerwise_decay=0.9"]  # fmt: skip
+    chosen = settings(*terms, "sft.max_steps=4", "sft.eval_steps=2", "sft.save_steps=2")
+    train_sft(chosen, RECORDS, RECORDS[:8], tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "resumed" / "adapter")
+    _, figures = train_sft(chosen, RECORDS, RECORDS[:8], tmp_path / "resumed")
+    assert figures["resumed_from"] == "checkpoint-2"
+    a, b = (load_file(tmp_path / x / "adapter" / "adapter_model.safetensors") for x in ("straight", "resumed"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=0)
+
+
+def test_all_weights_can_be_trained(tmp_path):
+    """`train.full`: every tensor moves, the saved folder is the model, and the phase refuses it."""
+    from deepseek_cookbook.settings import RunFolder
+    from deepseek_cookbook.sft.train import sft_phase
+
+    chosen = settings("train.full=true", "model.dtype=float32", "sft.learning_rate=1e-3", "sft.max_steps=2",
+                      "sft.eval_steps=2", "sft.save_steps=2")  # fmt: skip
+    start = {n: p.detach().clone() for n, p in load_model("tiny-llama", dtype="float32").named_parameters()}
+    model, figures = train_sft(chosen, RECORDS, RECORDS[:8], tmp_path)
+    assert figures["trainable_share"] == 1 and not (tmp_path / "adapter").exists()
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, start[n])]
+    assert set(moved) == set(start)
+    again = load_model(tmp_path / "model", dtype="float32")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.float().eval()(ids).logits, atol=1e-4, rtol=0)
+    with pytest.raises(TrainError, match="train.full"):
+        sft_phase(chosen, RunFolder(tmp_path / "run"))
+    rounded = settings("train.full=true", "model.quantization=nf4")
+    with pytest.raises(TrainError, match="nf4"):
+        train_sft(rounded, RECORDS, RECORDS[:8], tmp_path / "rounded")
+    with pytest.raises(TrainError, match="float32"):
+        train_sft(settings("train.full=true", "model.dtype=bfloat16"), RECORDS, RECORDS[:8], tmp_path / "small")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_checkpointing_on_a_cpu_gives_memory_back(tmp_path, monkeypatch, on):
+    """glibc keeps the holes that checkpointing leaves (chapter on models); without checkpointing, time counts more."""
+    from deepseek_cookbook.sft import train
+
+    calls = []
+    monkeypatch.setattr(train, "return_freed_memory", lambda: calls.append(1))
+    chosen = settings(f"sft.activation_checkpointing={str(on).lower()}", "model.name=tiny-llama")
+    train.make_trainer(chosen, RECORDS, RECORDS[:4], tmp_path, load_model("tiny-llama"), load_tokenizer("tiny-llama"))
+    assert bool(calls) is on
+
+
+@pytest.mark.parametrize("targets", ["nope_proj", "all-linear"])
+def test_targets_that_fit_nothing_are_named_before_training(tmp_path, targets):
+    """A name that matches nothing, and experts with dropout, which PEFT can't do."""
+    from deepseek_cookbook.sft.lora import TargetError
+
+    chosen = settings("model.name=tiny-deepseek-v3", f"lora.target_modules={targets}", "lora.lora_dropout=0.05")
+    with pytest.raises(TargetError, match=targets if targets == "nope_proj" else "lora_dropout"):
+        train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -205,7 +205,8 @@ def train_sft(
             trainer.train(resume_from_checkpoint=checkpoint)
             save_trained(trainer, folder)
             figures = sft_figures(trainer, log.rows, checkpoint)
-    return trainer.model, figures | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1))
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # computes as loaded again
+    return model, figures | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1))
 
 def prepare_folder(folder: Path, resume: bool) -> str | None:
     "Where to go on; without `resume`, the folder is emptied."
