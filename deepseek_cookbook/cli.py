@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Profile', 'Overrides', 'Debug', 'AsJson', 'data', 'clear_errors', 'quiet_libraries', 'cook',
-           'sft_together', 'sft', 'settings', 'fetch', 'doctor', 'plan', 'clean_table', 'data_clean']
+           'sft_together', 'sft', 'merge', 'push', 'settings', 'fetch', 'doctor', 'plan', 'clean_table', 'data_clean']
 
 # %% ../nbs/11_cli.ipynb #8808af4d
 import json, logging, os, sys, warnings
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 # %% ../nbs/11_cli.ipynb #81ea9e44
-from .settings import load_settings
+from .settings import SettingsError, load_settings
 
 # %% ../nbs/11_cli.ipynb #697e4480
 app = typer.Typer(name="deepseek-cookbook", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -96,6 +96,34 @@ def sft(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug =
         except TeamError: raise typer.Exit(1) from None
         if is_main(): tell(json.dumps(figures, ensure_ascii=False, indent=1))
         leave()
+
+# %% ../nbs/11_cli.ipynb #cc41c505
+@app.command()
+def merge(out: Annotated[str, typer.Argument(help="folder of the merged model; an older merge there is replaced")],
+          overrides: Overrides = None, profile: Profile = "laptop", debug: Debug = False,
+          dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16"):
+    "Merge the run's adapter into its base model, in floats, and check that nothing but rounding changed."
+    if not debug: quiet_libraries()
+    with clear_errors(debug):
+        from deepseek_cookbook.sft.adapters import merge_adapter
+        chosen = load_settings(profile, overrides or ())
+        figures = merge_adapter(chosen["model"]["name"], chosen.run_folder.phase("sft") / "adapter", out, dtype)
+        console.print(json.dumps(figures, indent=1), f"Merged model: {out}", sep="\n", markup=False)
+
+@app.command()
+def push(repo_id: Annotated[str, typer.Argument(help="user/name on the hub")],
+         overrides: Overrides = None, profile: Profile = "laptop", debug: Debug = False,
+         public: Annotated[bool, typer.Option(help="let everybody see it")] = False):
+    "Publish the run's adapter with a card of its measured numbers; without a network the card is only written."
+    if not debug: quiet_libraries()
+    with clear_errors(debug):
+        from deepseek_cookbook.sft.adapters import model_card, push_adapter
+        chosen = load_settings(profile, overrides or ())
+        found = {name: (chosen.run_folder.result(name) or {}).get("result") for name in ("sft", "evaluate", "data")}
+        if not found["sft"]: raise SettingsError(f"{chosen.run_folder.root}: no finished SFT phase. First: "
+                                                 f"deepseek-cookbook cook --profile {profile}")
+        card = model_card(chosen, found["sft"], found["evaluate"], found["data"], repo_id=repo_id)
+        console.print(push_adapter(chosen.run_folder.phase("sft") / "adapter", repo_id, card, private=not public))
 
 # %% ../nbs/11_cli.ipynb #0f496c25
 @app.command()

@@ -15,7 +15,7 @@ runner = CliRunner()
 
 def test_help_names_every_command_in_a_sentence():
     out = runner.invoke(app, ["--help"]).stdout
-    for command in ("cook", "doctor", "plan", "settings", "fetch"):
+    for command in ("cook", "sft", "merge", "push", "doctor", "plan", "settings", "fetch"):
         assert command in out
         one = runner.invoke(app, [command, "--help"])
         assert one.exit_code == 0 and "Usage" in one.stdout
@@ -55,3 +55,34 @@ def test_settings_are_shown_typed():
 def test_help_does_not_wait_for_torch():
     code = "import sys, deepseek_cookbook.cli; print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    "A finished run of the toy."
+    folder = tmp_path_factory.mktemp("walked")
+    done = runner.invoke(app, ["cook", "-p", "tiny", f"run.folder={folder}", "sft.disable_tqdm=true"])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_a_run_is_merged_into_a_folder_that_loads(walked, tmp_path):
+    from deepseek_cookbook.models import load_model
+
+    done = runner.invoke(app, ["merge", str(tmp_path / "m"), "-p", "tiny", "--dtype", "float32", f"run.folder={walked}"])
+    assert done.exit_code == 0, done.output
+    assert load_model(tmp_path / "m").num_parameters() == load_model("tiny-llama").num_parameters()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    other = runner.invoke(app, ["merge", str(tmp_path / "mine"), "-p", "tiny", f"run.folder={walked}"])
+    assert other.exit_code == 1 and "Error: " in other.stderr
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_push_without_a_network_writes_the_card(walked, tmp_path):
+    done = runner.invoke(app, ["push", "me/toy", "-p", "tiny", f"run.folder={walked}"])
+    assert done.exit_code == 1 and "README.md" in done.stderr and "Traceback" not in done.output
+    card = (walked / "tiny" / "sft" / "adapter" / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: peft" in card and "held-out" in card.lower()
+    nothing = runner.invoke(app, ["push", "me/toy", "-p", "tiny", f"run.folder={tmp_path}"])
+    assert nothing.exit_code == 1 and "deepseek-cookbook cook" in nothing.stderr
