@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Checked', 'RunningNorm', 'Combined', 'combine', 'Cached', 'cached']
 
-# %% ../../nbs/04d_reward.combine.ipynb #e2f677cf
+# %% ../../nbs/04d_reward.combine.ipynb #ab3f7da6
 import hashlib, json, math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../../nbs/04d_reward.combine.ipynb #41fc772c
+# %% ../../nbs/04d_reward.combine.ipynb #e1cae432
 from .functions import Reward, RewardError, text_of
 from ..settings import nearest, read_json, write_json
 
-# %% ../../nbs/04d_reward.combine.ipynb #3db6ae47
+# %% ../../nbs/04d_reward.combine.ipynb #497a2970
 @dataclass
 class Checked:
     "A reward whose every score is looked at."
@@ -38,22 +38,27 @@ class Checked:
         except Exception as e: return self._one_by_one(e, prompts, completions, columns)
         return self._scores(scores, completions)
 
-    def _refuse(self, kind: str, i: int, completion, what: str, cause=None) -> float:
-        "Raise, or count the fault and give its stand-in."
-        if self.on_error == "raise":
-            start = text_of(completion, "assistant")[:40]
-            raise RewardError(f"reward {self.name!r}, row {i}, {start!r}: {what}. Correct the function, or count such "
-                              "rows by on_error='skip' or 'fallback'.") from cause
-        self.counts[kind] += 1
-        return math.nan if self.on_error == "skip" else self.fallback
-
-# %% ../../nbs/04d_reward.combine.ipynb #7cb578d9
+# %% ../../nbs/04d_reward.combine.ipynb #60291786
 def _per_row(column, n: int) -> bool: return isinstance(column, list | tuple) and len(column) == n
 
 def _take(columns: dict, n: int, rows: list[int]) -> dict:
     "Some rows of the columns; what isn't a column stays."
     return {k: [v[i] for i in rows] if _per_row(v, n) else v for k, v in columns.items()}
 
+@patch
+def _refuse(self: Checked, kind: str, i: int, completion, what: str, cause=None) -> float:
+    "Raise, or count the fault and give its stand-in."
+    if self.on_error == "raise":
+        raise RewardError(f"reward {self.name!r}, row {i}, {_beginning(completion)!r}: {what}. Correct the function, or "
+                          "count such rows by on_error='skip' or 'fallback'.") from cause
+    self.counts[kind] += 1
+    return math.nan if self.on_error == "skip" else self.fallback
+
+def _beginning(completion) -> str:
+    try: return text_of(completion, "assistant")[:40]
+    except RewardError: return repr(completion)[:40]
+
+# %% ../../nbs/04d_reward.combine.ipynb #5cdc6a86
 @patch
 def _scores(self: Checked, scores, completions) -> list[float | None]:
     "Look at what the function returned."
@@ -72,6 +77,7 @@ def _score(self: Checked, value, i: int, completion) -> float | None:
     if not math.isfinite(value): return self._refuse("not finite", i, completion, f"the score is {value}")
     return float(value)
 
+# %% ../../nbs/04d_reward.combine.ipynb #6e3e04d9
 @patch
 def _one_by_one(self: Checked, error: Exception, prompts, completions, columns) -> list[float | None]:
     "After an exception: find the rows that cause it."
@@ -86,7 +92,7 @@ def _one_by_one(self: Checked, error: Exception, prompts, completions, columns) 
     what = f"{type(error).__name__}: {error} (in the batch of {n}; no row fails alone)"
     return [self._refuse("exception", i, c, what, error) for i, c in enumerate(completions)]
 
-# %% ../../nbs/04d_reward.combine.ipynb #62f2ca58
+# %% ../../nbs/04d_reward.combine.ipynb #c358f484
 @dataclass
 class RunningNorm:
     "Scores as standard deviations from the mean of all scores so far."
@@ -112,18 +118,25 @@ class RunningNorm:
         self.m2 += float(((x - x.mean()) ** 2).sum() + delta**2 * self.count * len(x) / total)
         self.mean, self.count = float(self.mean + delta * len(x) / total), total
 
-    def __call__(self, scores_N) -> np.ndarray:
-        "Update, then normalise; NaN stays NaN."
-        if not self.frozen: self.update(scores_N)
-        out = (np.asarray(scores_N, dtype=float) - (self.mean if self.center else 0)) / self.std
-        return out if self.clip is None else np.clip(out, -self.clip, self.clip)
+# %% ../../nbs/04d_reward.combine.ipynb #31b33e38
+@patch
+def __call__(self: RunningNorm, scores_N) -> np.ndarray:
+    "Update, then normalise; NaN stays NaN."
+    if not self.frozen: self.update(scores_N)
+    out = (np.asarray(scores_N, dtype=float) - (self.mean if self.center else 0)) / self.std
+    return out if self.clip is None else np.clip(out, -self.clip, self.clip)
 
-    def save(self, path): return write_json(path, asdict(self))
+@patch
+def save(self: RunningNorm, path):
+    "Write the state as JSON."
+    return write_json(path, asdict(self))
 
-    @classmethod
-    def load(cls, path) -> "RunningNorm": return cls(**read_json(path))
+@patch(cls_method=True)
+def load(cls: RunningNorm, path) -> RunningNorm:
+    "Read a state that `save` wrote."
+    return cls(**read_json(path))
 
-# %% ../../nbs/04d_reward.combine.ipynb #f1c98cc1
+# %% ../../nbs/04d_reward.combine.ipynb #20983d10
 @dataclass
 class Combined:
     "A weighted sum of rewards that remembers its parts."
@@ -138,22 +151,25 @@ class Combined:
 
     def __post_init__(self): self.__name__ = "reward"
 
-    def __call__(self, prompts, completions, **columns) -> list[float]:
-        found = {n: fn(prompts=prompts, completions=completions, **columns) for n, fn in self.rewards.items()}
-        self.parts = {n: np.array([np.nan if s is None else s for s in v], dtype=float) for n, v in found.items()}
-        used = [n for n in self.parts if self.weights[n]]
-        scaled_PN = np.stack([self.norms[n](self.parts[n]) if n in self.norms else self.parts[n] for n in used])
-        weight_P1 = np.array([[self.weights[n]] for n in used])
-        self.total = (weight_P1 * scaled_PN).sum(0)
-        if self.missing == "reweigh":
-            there_N = (abs(weight_P1) * ~np.isnan(scaled_PN)).sum(0)
-            kept_N = np.nansum(weight_P1 * scaled_PN, 0) * abs(weight_P1).sum()
-            self.total = np.divide(kept_N, there_N, out=np.full(len(kept_N), np.nan), where=there_N > 0)
-        if self.clip: self.total = np.clip(self.total, *self.clip)
-        if self.log: self.log(self.metrics())
-        return self.total.tolist()
+# %% ../../nbs/04d_reward.combine.ipynb #4a0b901a
+@patch
+def __call__(self: Combined, prompts, completions, **columns) -> list[float]:
+    "The totals; the parts stay in `parts`."
+    found = {n: fn(prompts=prompts, completions=completions, **columns) for n, fn in self.rewards.items()}
+    self.parts = {n: np.array([np.nan if s is None else s for s in v], dtype=float) for n, v in found.items()}
+    used = [n for n in self.parts if self.weights[n]]
+    scaled_PN = np.stack([self.norms[n](self.parts[n]) if n in self.norms else self.parts[n] for n in used])
+    weight_P1 = np.array([[self.weights[n]] for n in used])
+    self.total = (weight_P1 * scaled_PN).sum(0)
+    if self.missing == "reweigh":
+        there_N = (abs(weight_P1) * ~np.isnan(scaled_PN)).sum(0)
+        kept_N = np.nansum(weight_P1 * scaled_PN, 0) * abs(weight_P1).sum()
+        self.total = np.divide(kept_N, there_N, out=np.full(len(kept_N), np.nan), where=there_N > 0)
+    if self.clip: self.total = np.clip(self.total, *self.clip)
+    if self.log: self.log(self.metrics())
+    return self.total.tolist()
 
-# %% ../../nbs/04d_reward.combine.ipynb #8fc94074
+# %% ../../nbs/04d_reward.combine.ipynb #0b0168bf
 @patch
 def metrics(self: Combined) -> dict[str, float]:
     "Numbers of the last call: means, spread, share of rows with a score; faults since the start."
@@ -165,6 +181,7 @@ def metrics(self: Combined) -> dict[str, float]:
                 f"{name}/scored": len(sound) / max(1, len(v))}
     return out | {f"reward/{n}/faults": float(sum(c.counts.values())) for n, c in self.rewards.items()}
 
+# %% ../../nbs/04d_reward.combine.ipynb #11b3909a
 def combine(
     rewards: dict[str, Reward],  # name -> function
     weights: dict[str, float],  # name -> weight; below 0 is a penalty, 0 is only logged
@@ -185,7 +202,7 @@ def combine(
     checked = {n: Checked(f, n, on_error, fallback) for n, f in rewards.items()}
     return Combined(checked, dict(weights), norms or {}, clip, missing, log)
 
-# %% ../../nbs/04d_reward.combine.ipynb #03688f4b
+# %% ../../nbs/04d_reward.combine.ipynb #622fae7d
 class Cached:
     "A reward that remembers what it said."
     def __init__(self, fn: Reward, size: int = 10_000, ignore: tuple[str, ...] = ()):
@@ -199,7 +216,7 @@ class Cached:
                               "data in ignore=(…), if the score doesn't depend on it.") from None
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-# %% ../../nbs/04d_reward.combine.ipynb #00cfb8d6
+# %% ../../nbs/04d_reward.combine.ipynb #49c8dac8
 @patch
 def __call__(self: Cached, prompts, completions, **columns) -> list:
     n, table = len(completions), dict(prompts=prompts, completions=completions, **columns)
@@ -212,16 +229,23 @@ def __call__(self: Cached, prompts, completions, **columns) -> list:
         if k not in found: new.setdefault(k, i)
     if new:
         scores = self.fn(**_take(table, n, list(new.values())))
-        if len(scores) != len(new):
-            raise RewardError(f"reward {self.__name__!r} returned {len(scores)} scores for {len(new)} rows")
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores
+        if not _per_row(scores, len(new)):
+            raise RewardError(f"reward {self.__name__!r} returned {scores!r:.60} for {len(new)} rows; one number a row "
+                              "is needed")
         found |= zip(new, scores)
     self.hits, self.misses = self.hits + n - len(new), self.misses + len(new)
-    for k in keys:
-        if found[k] is None or math.isfinite(found[k]):
-            self.kept[k] = found[k]
-            self.kept.move_to_end(k)
-    while len(self.kept) > self.size: self.kept.popitem(last=False)
+    for k in keys: self._keep(k, found[k])
     return [found[k] for k in keys]
+
+# %% ../../nbs/04d_reward.combine.ipynb #8f2dcedc
+@patch
+def _keep(self: Cached, key: bytes, score):
+    "Remember a score, and forget the one that wasn't asked for the longest."
+    if not (score is None or isinstance(score, int | float) and math.isfinite(score)): return
+    self.kept[key] = score
+    self.kept.move_to_end(key)
+    while len(self.kept) > self.size: self.kept.popitem(last=False)
 
 def cached(
     fn: Reward,
