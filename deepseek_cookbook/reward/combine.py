@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Checked', 'RunningNorm', 'Combined', 'combine', 'Cached', 'cached']
 
-# %% ../../nbs/04d_reward.combine.ipynb #ab3f7da6
+# %% ../../nbs/04d_reward.combine.ipynb #d6389531
 import hashlib, json, math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../../nbs/04d_reward.combine.ipynb #e1cae432
+# %% ../../nbs/04d_reward.combine.ipynb #1866928f
 from .functions import Reward, RewardError, text_of
 from ..settings import nearest, read_json, write_json
 
-# %% ../../nbs/04d_reward.combine.ipynb #497a2970
+# %% ../../nbs/04d_reward.combine.ipynb #0895c82f
 @dataclass
 class Checked:
     "A reward whose every score is looked at."
@@ -38,7 +38,7 @@ class Checked:
         except Exception as e: return self._one_by_one(e, prompts, completions, columns)
         return self._scores(scores, completions)
 
-# %% ../../nbs/04d_reward.combine.ipynb #60291786
+# %% ../../nbs/04d_reward.combine.ipynb #597a73a2
 def _per_row(column, n: int) -> bool: return isinstance(column, list | tuple) and len(column) == n
 
 def _take(columns: dict, n: int, rows: list[int]) -> dict:
@@ -49,8 +49,8 @@ def _take(columns: dict, n: int, rows: list[int]) -> dict:
 def _refuse(self: Checked, kind: str, i: int, completion, what: str, cause=None) -> float:
     "Raise, or count the fault and give its stand-in."
     if self.on_error == "raise":
-        raise RewardError(f"reward {self.name!r}, row {i}, {_beginning(completion)!r}: {what}. Correct the function, or "
-                          "count such rows by on_error='skip' or 'fallback'.") from cause
+        raise RewardError(f"reward {self.name!r}, row {i}, {_beginning(completion)!r}: {what}. Correct the function, "
+                          "or count such rows by on_error='skip' or 'fallback'.") from cause
     self.counts[kind] += 1
     return math.nan if self.on_error == "skip" else self.fallback
 
@@ -58,7 +58,7 @@ def _beginning(completion) -> str:
     try: return text_of(completion, "assistant")[:40]
     except RewardError: return repr(completion)[:40]
 
-# %% ../../nbs/04d_reward.combine.ipynb #5cdc6a86
+# %% ../../nbs/04d_reward.combine.ipynb #103f90c0
 @patch
 def _scores(self: Checked, scores, completions) -> list[float | None]:
     "Look at what the function returned."
@@ -77,7 +77,7 @@ def _score(self: Checked, value, i: int, completion) -> float | None:
     if not math.isfinite(value): return self._refuse("not finite", i, completion, f"the score is {value}")
     return float(value)
 
-# %% ../../nbs/04d_reward.combine.ipynb #6e3e04d9
+# %% ../../nbs/04d_reward.combine.ipynb #61305a66
 @patch
 def _one_by_one(self: Checked, error: Exception, prompts, completions, columns) -> list[float | None]:
     "After an exception: find the rows that cause it."
@@ -92,7 +92,7 @@ def _one_by_one(self: Checked, error: Exception, prompts, completions, columns) 
     what = f"{type(error).__name__}: {error} (in the batch of {n}; no row fails alone)"
     return [self._refuse("exception", i, c, what, error) for i, c in enumerate(completions)]
 
-# %% ../../nbs/04d_reward.combine.ipynb #c358f484
+# %% ../../nbs/04d_reward.combine.ipynb #55991f31
 @dataclass
 class RunningNorm:
     "Scores as standard deviations from the mean of all scores so far."
@@ -118,7 +118,7 @@ class RunningNorm:
         self.m2 += float(((x - x.mean()) ** 2).sum() + delta**2 * self.count * len(x) / total)
         self.mean, self.count = float(self.mean + delta * len(x) / total), total
 
-# %% ../../nbs/04d_reward.combine.ipynb #31b33e38
+# %% ../../nbs/04d_reward.combine.ipynb #d10caa39
 @patch
 def __call__(self: RunningNorm, scores_N) -> np.ndarray:
     "Update, then normalise; NaN stays NaN."
@@ -136,7 +136,7 @@ def load(cls: RunningNorm, path) -> RunningNorm:
     "Read a state that `save` wrote."
     return cls(**read_json(path))
 
-# %% ../../nbs/04d_reward.combine.ipynb #20983d10
+# %% ../../nbs/04d_reward.combine.ipynb #f4fcd619
 @dataclass
 class Combined:
     "A weighted sum of rewards that remembers its parts."
@@ -151,7 +151,7 @@ class Combined:
 
     def __post_init__(self): self.__name__ = "reward"
 
-# %% ../../nbs/04d_reward.combine.ipynb #4a0b901a
+# %% ../../nbs/04d_reward.combine.ipynb #133bc09f
 @patch
 def __call__(self: Combined, prompts, completions, **columns) -> list[float]:
     "The totals; the parts stay in `parts`."
@@ -169,7 +169,7 @@ def __call__(self: Combined, prompts, completions, **columns) -> list[float]:
     if self.log: self.log(self.metrics())
     return self.total.tolist()
 
-# %% ../../nbs/04d_reward.combine.ipynb #0b0168bf
+# %% ../../nbs/04d_reward.combine.ipynb #276d77b8
 @patch
 def metrics(self: Combined) -> dict[str, float]:
     "Numbers of the last call: means, spread, share of rows with a score; faults since the start."
@@ -181,7 +181,7 @@ def metrics(self: Combined) -> dict[str, float]:
                 f"{name}/scored": len(sound) / max(1, len(v))}
     return out | {f"reward/{n}/faults": float(sum(c.counts.values())) for n, c in self.rewards.items()}
 
-# %% ../../nbs/04d_reward.combine.ipynb #11b3909a
+# %% ../../nbs/04d_reward.combine.ipynb #4a9af9b2
 def combine(
     rewards: dict[str, Reward],  # name -> function
     weights: dict[str, float],  # name -> weight; below 0 is a penalty, 0 is only logged
@@ -202,7 +202,7 @@ def combine(
     checked = {n: Checked(f, n, on_error, fallback) for n, f in rewards.items()}
     return Combined(checked, dict(weights), norms or {}, clip, missing, log)
 
-# %% ../../nbs/04d_reward.combine.ipynb #622fae7d
+# %% ../../nbs/04d_reward.combine.ipynb #ed56d98c
 class Cached:
     "A reward that remembers what it said."
     def __init__(self, fn: Reward, size: int = 10_000, ignore: tuple[str, ...] = ()):
@@ -216,7 +216,7 @@ class Cached:
                               "data in ignore=(…), if the score doesn't depend on it.") from None
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-# %% ../../nbs/04d_reward.combine.ipynb #49c8dac8
+# %% ../../nbs/04d_reward.combine.ipynb #17cf9af0
 @patch
 def __call__(self: Cached, prompts, completions, **columns) -> list:
     n, table = len(completions), dict(prompts=prompts, completions=completions, **columns)
@@ -238,7 +238,7 @@ def __call__(self: Cached, prompts, completions, **columns) -> list:
     for k in keys: self._keep(k, found[k])
     return [found[k] for k in keys]
 
-# %% ../../nbs/04d_reward.combine.ipynb #8f2dcedc
+# %% ../../nbs/04d_reward.combine.ipynb #ae01f32d
 @patch
 def _keep(self: Cached, key: bytes, score):
     "Remember a score, and forget the one that wasn't asked for the longest."
