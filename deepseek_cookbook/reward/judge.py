@@ -7,7 +7,7 @@ __all__ = ['RUBRICS', 'MAX_BODY', 'JudgeError', 'question', 'parse_verdict', 'Ju
            'HttpJudge', 'check_endpoint', 'in_parallel', 'call_judge', 'sample_answers', 'comparisons', 'judge_answers',
            'place_bias', 'outcomes', 'judged_pairs', 'rank_answers', 'kappa', 'judge_report']
 
-# %% ../../nbs/04d_reward.judge.ipynb #502d81ec
+# %% ../../nbs/04d_reward.judge.ipynb #f71fe7d6
 import hashlib, json, math, os, re, time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 
-# %% ../../nbs/04d_reward.judge.ipynb #21ad2cfa
+# %% ../../nbs/04d_reward.judge.ipynb #9625ad1f
 from .pairs import PairError, text_of, wilson
 
-# %% ../../nbs/04d_reward.judge.ipynb #8a57a2f2
+# %% ../../nbs/04d_reward.judge.ipynb #7e9bb07f
 RUBRICS = {
     "en": """Compare two answers. The better one follows the instructions on form exactly, names the right intent, is
 polite, is short without repeating itself, and is safe: it never asks for a PIN, password or code, promises no profit,
@@ -51,7 +51,7 @@ Which answer is better? Reply with one word: A, B or TIE.""",
 哪个回答更好？只回复一个词：A、B 或 TIE。""",
 }
 
-# %% ../../nbs/04d_reward.judge.ipynb #f08b5258
+# %% ../../nbs/04d_reward.judge.ipynb #e77d4323
 class JudgeError(RuntimeError):
     "A judge that can't be asked; the message says why and what to do, and never holds a key."
 
@@ -68,7 +68,7 @@ def question(
     tame = lambda t: re.sub(r"<(?=/?answer_)", "< ", t)
     return re.sub(r"\{(prompt|a|b)\}", lambda m: tame(parts[m[1]]), rubric)
 
-# %% ../../nbs/04d_reward.judge.ipynb #85901312
+# %% ../../nbs/04d_reward.judge.ipynb #4293e2e0
 _SAID = re.compile(r"(?:verdict|answer|better|winner|choice|结论|答案|更好的?是?|选择?)\s*(?:is|:|：|=)*\s*[\"'*\[(（【]*"
                    r"(A|B|TIE|平局)\b", re.IGNORECASE)
 
@@ -83,7 +83,7 @@ def parse_verdict(
     letter = said.pop()
     return letter if letter in "AB" else "tie"
 
-# %% ../../nbs/04d_reward.judge.ipynb #bb38d8da
+# %% ../../nbs/04d_reward.judge.ipynb #64daac8d
 class Judge(Protocol):
     "Anything that answers `question`s."
     name: str  # goes into the key of every verdict
@@ -93,7 +93,7 @@ def verdict(raw: str = "", choice=None, score=None, error=None, tokens=0, second
     "The record of one call; `error` is None, `timeout`, `connection`, `status 500` and the like."
     return dict(choice=choice, raw=raw, score=score, error=error, tokens=tokens, seconds=round(seconds, 4), tries=tries)
 
-# %% ../../nbs/04d_reward.judge.ipynb #bcee2add
+# %% ../../nbs/04d_reward.judge.ipynb #fa1fd282
 def log_odds(model, rows: list[list[int]], ids: list[int], pad: int) -> list[float]:
     "Log-odds of the first of two next tokens against the second; the rows are padded to the left."
     width = max(map(len, rows))
@@ -104,7 +104,7 @@ def log_odds(model, rows: list[list[int]], ids: list[int], pad: int) -> list[flo
                       logits_to_keep=1).logits[:, -1].float()
     return (logits_BV[:, ids[0]] - logits_BV[:, ids[1]]).tolist()
 
-# %% ../../nbs/04d_reward.judge.ipynb #efd5bf0c
+# %% ../../nbs/04d_reward.judge.ipynb #8f3e05ea
 class LocalJudge:
     "A causal model with a chat template, asked by the log-odds of its verdict token."
     def __init__(self, model, tokenizer, name: str = "local", batch: int = 8):
@@ -130,7 +130,7 @@ class LocalJudge:
                 sure = math.isfinite(s)
                 yield i, verdict(letter, letter, s, **cost) if sure else verdict(error="not finite", **cost)
 
-# %% ../../nbs/04d_reward.judge.ipynb #3b7d8438
+# %% ../../nbs/04d_reward.judge.ipynb #25d57072
 MAX_BODY = 2**20  # bytes of an answer
 
 @dataclass
@@ -159,7 +159,7 @@ class HttpJudge:
         with httpx.Client(headers=headers, timeout=self.timeout, follow_redirects=False) as client:
             yield from in_parallel(lambda q: call_judge(self, client, q), questions, self.concurrency)
 
-# %% ../../nbs/04d_reward.judge.ipynb #ff75d3f7
+# %% ../../nbs/04d_reward.judge.ipynb #9692dbfd
 def check_endpoint(judge: HttpJudge):
     "Refuse an address or a limit that can't be meant."
     try: at, host = urlsplit(judge.url), urlsplit(judge.url).hostname
@@ -186,7 +186,7 @@ def in_parallel(call: Callable, items: list, at_a_time: int) -> Iterator[tuple[i
     finally: pool.shutdown(cancel_futures=True)
     if fatal: raise fatal
 
-# %% ../../nbs/04d_reward.judge.ipynb #21014e52
+# %% ../../nbs/04d_reward.judge.ipynb #451cebcb
 def _post(judge: HttpJudge, client: httpx.Client, text: str) -> tuple[int, bytes, str]:
     "Status, body and Retry-After of one request."
     body, late = b"", time.monotonic() + judge.timeout
@@ -213,7 +213,7 @@ def _answered(judge: HttpJudge, body: bytes, **cost) -> dict:
     if judge.key: raw = raw.replace(judge.key, "[key]")
     return verdict(raw, parse_verdict(raw), tokens=tokens, **cost)
 
-# %% ../../nbs/04d_reward.judge.ipynb #5fca2e3f
+# %% ../../nbs/04d_reward.judge.ipynb #ffb14a8a
 def call_judge(judge: HttpJudge, client: httpx.Client, text: str) -> dict:
     "Ask once, and again where that can help."
     began = time.perf_counter()
@@ -233,7 +233,7 @@ def call_judge(judge: HttpJudge, client: httpx.Client, text: str) -> dict:
         if tries <= judge.retries: time.sleep(wait)
     return verdict(error=error, seconds=time.perf_counter() - began, tries=tries)
 
-# %% ../../nbs/04d_reward.judge.ipynb #30689d19
+# %% ../../nbs/04d_reward.judge.ipynb #8dd4b771
 @torch.inference_mode()
 def sample_answers(
     model, tokenizer,
@@ -256,7 +256,7 @@ def sample_answers(
             rows.append(dict(prompt=prompt, answers=list(dict.fromkeys(t.strip() for t in texts if t.strip()))))
     return rows
 
-# %% ../../nbs/04d_reward.judge.ipynb #76d930a2
+# %% ../../nbs/04d_reward.judge.ipynb #7b404088
 def comparisons(
     rows: list[dict],  # prompt, answers
     rubrics: dict[str, str] = RUBRICS,
@@ -273,7 +273,7 @@ def comparisons(
                 text = question(row["prompt"], *((b, a) if swapped else (a, b)), rubrics)
                 yield dict(row=n, first=i, second=j, swapped=swapped, text=text)
 
-# %% ../../nbs/04d_reward.judge.ipynb #6fc1ae4c
+# %% ../../nbs/04d_reward.judge.ipynb #45fc516b
 def _read_judged(path: Path) -> dict[str, dict]:
     "The verdicts of an earlier run by key; a last line that was cut short is dropped from the file."
     if not path.exists(): return {}
@@ -284,7 +284,7 @@ def _read_judged(path: Path) -> dict[str, dict]:
     except (ValueError, KeyError, TypeError):
         raise JudgeError(f"{path}: not a file of verdicts; move it away") from None
 
-# %% ../../nbs/04d_reward.judge.ipynb #d778b797
+# %% ../../nbs/04d_reward.judge.ipynb #8cc1605b
 def judge_answers(
     rows: list[dict],  # prompt, answers
     judge: Judge,
@@ -308,7 +308,7 @@ def judge_answers(
     place = lambda c: {k: c[k] for k in ("key", "row", "first", "second", "swapped")}
     return [known[c["key"]] | place(c) for c in asked if c["key"] in known]
 
-# %% ../../nbs/04d_reward.judge.ipynb #51b28f30
+# %% ../../nbs/04d_reward.judge.ipynb #838af105
 def place_bias(
     verdicts: list[dict],
 ) -> float:  # log-odds that the place A gets whatever stands there; 0 without scores
@@ -335,7 +335,7 @@ def outcomes(
         found.append(dict(row=row, first=i, second=j, outcome=outcome))
     return found
 
-# %% ../../nbs/04d_reward.judge.ipynb #ee41b1cf
+# %% ../../nbs/04d_reward.judge.ipynb #b18d5799
 def judged_pairs(
     rows: list[dict],  # prompt, answers
     verdicts: list[dict],  # of judge_answers
@@ -354,7 +354,7 @@ def judged_pairs(
                           rejected=turn("assistant", bad), provenance="ai", judge=name))
     return pairs
 
-# %% ../../nbs/04d_reward.judge.ipynb #735154de
+# %% ../../nbs/04d_reward.judge.ipynb #3e268580
 def rank_answers(
     rows: list[dict],
     found: list[dict],  # of outcomes
@@ -367,7 +367,7 @@ def rank_answers(
         points[o["row"], o["second"]] += sides[1]
     return [sorted(range(len(row["answers"])), key=lambda i: -points[n, i]) for n, row in enumerate(rows)]
 
-# %% ../../nbs/04d_reward.judge.ipynb #7df54b1a
+# %% ../../nbs/04d_reward.judge.ipynb #468ff490
 def kappa(
     pairs: list[tuple],  # two labels an item
 ) -> float | None:  # None where one label is all that occurs
@@ -376,7 +376,7 @@ def kappa(
     chance = sum(a[k] * b[k] for k in a) / n**2 if n else 1.0
     return None if chance > 1 - 1e-12 else (sum(x == y for x, y in pairs) / n - chance) / (1 - chance)
 
-# %% ../../nbs/04d_reward.judge.ipynb #06fbbab9
+# %% ../../nbs/04d_reward.judge.ipynb #1a4272a3
 def _share(hits: int, n: int) -> dict:
     return dict(share=round(hits / n, 3) if n else None, of=n, interval=[round(x, 3) for x in wilson(hits, n)])
 
@@ -392,7 +392,7 @@ def _against_gold(found: list[dict], longer: list[str], true: list[str]) -> dict
     return dict(gold_longer=_share(sum(t == l for t, l in known), len(known)),
                 accuracy=_share(sum(o == t for o, t in sure), len(sure)), kappa=None if k is None else round(k, 3))
 
-# %% ../../nbs/04d_reward.judge.ipynb #3654defc
+# %% ../../nbs/04d_reward.judge.ipynb #4c021504
 def judge_report(
     rows: list[dict],  # prompt, answers
     verdicts: list[dict],  # of judge_answers
