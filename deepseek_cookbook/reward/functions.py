@@ -7,18 +7,18 @@ __all__ = ['Reward', 'LINES', 'RewardError', 'text_of', 'last_question', 'as_rew
            'relevance_model', 'safety_reward', 'relevance_reward', 'length_reward', 'repetition_reward',
            'language_reward']
 
-# %% ../../nbs/04b_reward.functions.ipynb #0194c0b0
+# %% ../../nbs/04b_reward.functions.ipynb #e6ab1f66
 import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
-# %% ../../nbs/04b_reward.functions.ipynb #a5029412
+# %% ../../nbs/04b_reward.functions.ipynb #3f1caf84
 from ..data.filters import clean_characters, language, normalize, pieces
 from ..data.mix import script_of
 
-# %% ../../nbs/04b_reward.functions.ipynb #a4d1a758
+# %% ../../nbs/04b_reward.functions.ipynb #9507baa8
 Reward = Callable[..., list]  # (prompts, completions, **columns) -> one score a row, or None
 
 class RewardError(ValueError):
@@ -44,7 +44,7 @@ def last_question(prompt: str | list) -> str:
     asked = [m for m in prompt if m.get("role", "user") == "user"]
     return text_of(asked[-1]) if asked else text_of(prompt)
 
-# %% ../../nbs/04b_reward.functions.ipynb #a85e2120
+# %% ../../nbs/04b_reward.functions.ipynb #10ca86c7
 def as_reward(
     fn: Callable,  # (history, response) -> score
     history: Callable = text_of,  # prompt -> what `fn` gets as history
@@ -59,7 +59,7 @@ def as_reward(
     reward.__name__ = name or getattr(fn, "__name__", "reward")
     return reward
 
-# %% ../../nbs/04b_reward.functions.ipynb #ea86431e
+# %% ../../nbs/04b_reward.functions.ipynb #95ecbda9
 @lru_cache(1)
 def _classifier() -> Callable:
     try: from profanity_check import predict_prob
@@ -84,7 +84,7 @@ def safety_model(response: str) -> float:
                                         "score; pass a classifier of your language: safety_reward(other=…)")
     return 1 - score
 
-# %% ../../nbs/04b_reward.functions.ipynb #05881d38
+# %% ../../nbs/04b_reward.functions.ipynb #3b5f7dfa
 LINES = {"latin": (0.79, 0.88), "han": (0.85, 0.92)}  # median cosine of unrelated pairs, 0.9 quantile of true ones
 
 @lru_cache(1)
@@ -113,7 +113,7 @@ def relevance_model(history: str, response: str) -> float:
     "Relevance of one answer, 0 to 1."
     return relevance([history], [response])[0]
 
-# %% ../../nbs/04b_reward.functions.ipynb #f672ff71
+# %% ../../nbs/04b_reward.functions.ipynb #8598cb7d
 def safety_reward(
     other: Callable[[str], float | None] = lambda text: None,  # toxicity of texts that aren't mostly Latin letters
 ) -> Reward:
@@ -134,7 +134,7 @@ def relevance_reward(
     relevant.__name__ = "relevance"
     return relevant
 
-# %% ../../nbs/04b_reward.functions.ipynb #4daddeaf
+# %% ../../nbs/04b_reward.functions.ipynb #affd756d
 def length_reward(
     low: float,  # shortest length that gets 1
     high: float,  # longest
@@ -150,7 +150,7 @@ def length_reward(
         return 1.0 if outside == 0 else max(0.0, 1 - outside / margin) if margin else 0.0
     return as_reward(score, name="length")
 
-# %% ../../nbs/04b_reward.functions.ipynb #bd3b8d9c
+# %% ../../nbs/04b_reward.functions.ipynb #325504d9
 def repetition_reward(
     n: int = 3,  # words (characters in Chinese) of an n-gram
 ) -> Reward:
@@ -162,7 +162,7 @@ def repetition_reward(
         return len(set(grams)) / len(grams) if grams else 1.0
     return as_reward(score, name="repetition")
 
-# %% ../../nbs/04b_reward.functions.ipynb #a1f4c648
+# %% ../../nbs/04b_reward.functions.ipynb #6dad2220
 def language_reward(
     target: str | None = None,  # zh, en, fr, …; by default the language of the last question
 ) -> Reward:

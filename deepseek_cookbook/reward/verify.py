@@ -6,16 +6,16 @@
 __all__ = ['LIMIT', 'regex_reward', 'think_reward', 'json_reward', 'final_answer', 'plain_answer', 'parse_math', 'same_answer',
            'answer_reward', 'scored_reward']
 
-# %% ../../nbs/04c_reward.verify.ipynb #2a97b2c0
+# %% ../../nbs/04c_reward.verify.ipynb #457b0378
 import ast, inspect, json, random, re
 from collections.abc import Callable
 from fractions import Fraction
 
-# %% ../../nbs/04c_reward.verify.ipynb #0bda2dca
+# %% ../../nbs/04c_reward.verify.ipynb #9fe1459c
 from ..data.filters import normalize
 from .functions import Reward, RewardError, as_reward, text_of
 
-# %% ../../nbs/04c_reward.verify.ipynb #1fbedf8b
+# %% ../../nbs/04c_reward.verify.ipynb #7aebfd9f
 LIMIT = 20_000  # characters of an answer that are looked at
 
 def regex_reward(
@@ -35,7 +35,7 @@ def regex_reward(
                               "out repetitions inside of repetitions") from None
     return as_reward(score, name="regex")
 
-# %% ../../nbs/04c_reward.verify.ipynb #3aeed2c8
+# %% ../../nbs/04c_reward.verify.ipynb #032753fb
 def think_reward(
     opened: bool = False,  # the prompt ends with <think>
 ) -> Reward:
@@ -48,7 +48,7 @@ def think_reward(
         return float(once and bool(closed) and not head.strip() and bool(inside.strip()) and bool(after.strip()))
     return as_reward(score, name="think")
 
-# %% ../../nbs/04c_reward.verify.ipynb #36365fa9
+# %% ../../nbs/04c_reward.verify.ipynb #41e1ca48
 _FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*?)\n\s*```\s*", re.DOTALL | re.IGNORECASE)
 
 def _no_twins(pairs: list) -> dict:
@@ -65,7 +65,7 @@ def _validator(schema: dict | bool) -> Callable:
     except SchemaError as e: raise RewardError(f"json_reward: the schema itself is wrong: {e.message}") from None
     return Draft202012Validator(schema).is_valid
 
-# %% ../../nbs/04c_reward.verify.ipynb #3c551f84
+# %% ../../nbs/04c_reward.verify.ipynb #1310eac5
 def json_reward(
     schema: dict | None = None,  # a JSON schema, draft 2020-12, without references to other places
     partial: float = 0.5,  # for JSON that breaks the schema
@@ -84,7 +84,7 @@ def json_reward(
         except RecursionError: return partial
     return as_reward(score, name="json")
 
-# %% ../../nbs/04c_reward.verify.ipynb #efbcd93e
+# %% ../../nbs/04c_reward.verify.ipynb #99b77b46
 _MARK = re.compile(r"(?:####|answer(?: is|\W{0,3}[:=])|答案(?:是|为|[:：=]))[\s:：*]*([^\n。；;]{1,200})", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
@@ -109,7 +109,7 @@ def final_answer(
     numbers = _NUMBER.findall(text) if last_number else ()
     return numbers[-1] if numbers else None
 
-# %% ../../nbs/04c_reward.verify.ipynb #002d4479
+# %% ../../nbs/04c_reward.verify.ipynb #cc27c2d2
 _PLAIN = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\%": "%", r"\,": "", r"\!": "",
           r"\$": "", r"\(": "", r"\)": "", r"\cdot": "*", r"\times": "*", r"\div": "/", r"\pi": "π", "$": "", "¥": "",
           "€": "", "×": "*", "·": "*", "÷": "/", "−": "-", "⁄": "/", "**": "^"}
@@ -124,7 +124,7 @@ def plain_answer(text: str) -> str:
     text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
     return _UNIT.sub("", text).strip()
 
-# %% ../../nbs/04c_reward.verify.ipynb #55e708e9
+# %% ../../nbs/04c_reward.verify.ipynb #40396e17
 _TOKEN = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)%?|[A-Za-z]+|\\sqrt|π|[-+*/^()]")
 _FRAC, _ROOT = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), re.compile(r"\\sqrt\s*\{([^{}]*)\}")
 
@@ -153,7 +153,7 @@ def _python(text: str) -> tuple[str, dict[str, Fraction]]:
             out.append(part)
     return "".join(out), numbers
 
-# %% ../../nbs/04c_reward.verify.ipynb #fc0bef34
+# %% ../../nbs/04c_reward.verify.ipynb #85f68208
 def parse_math(
     text: str,  # such as 3/4, 50%, \frac{1}{2}, 2x+1, \sqrt{2}
 ):  # a sympy expression
@@ -173,7 +173,7 @@ def parse_math(
     try: return build(ast.parse(source, mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError, ZeroDivisionError) as e: raise ValueError(str(e)) from None
 
-# %% ../../nbs/04c_reward.verify.ipynb #0e160031
+# %% ../../nbs/04c_reward.verify.ipynb #902cbad3
 def _apply(op: ast.operator, a, b, left: list[int]):
     "One operation; `left` is what the product of exponents may still be."
     if isinstance(op, ast.Add): return a + b
@@ -187,7 +187,7 @@ def _apply(op: ast.operator, a, b, left: list[int]):
     if left[0] == 0 or a == 0 and b <= 0: raise ValueError("a power out of bounds")
     return a ** b
 
-# %% ../../nbs/04c_reward.verify.ipynb #c2cbf629
+# %% ../../nbs/04c_reward.verify.ipynb #3c642810
 def same_answer(
     given: str,
     gold: str,  # the right one
@@ -216,7 +216,7 @@ def _value(expression, at: dict):
     except (ArithmeticError, ValueError, TypeError): return None
     return value if value.is_number and value.is_finite else None
 
-# %% ../../nbs/04c_reward.verify.ipynb #589f80e8
+# %% ../../nbs/04c_reward.verify.ipynb #c9a1571f
 def answer_reward(
     column: str = "answer",  # the column of right answers
     last_number: bool = False,  # the flexible reading, see final_answer
@@ -247,7 +247,7 @@ def _right(text: str, gold, last_number: bool, tolerance: float) -> bool:
     numbers = _NUMBER.findall(found)  # "42 because …": one number among words
     return len(numbers) == 1 and not re.search(r"[\\^*=]", found) and same_answer(numbers[0], gold, tolerance)
 
-# %% ../../nbs/04c_reward.verify.ipynb #45834b1e
+# %% ../../nbs/04c_reward.verify.ipynb #e24ff4e6
 def scored_reward(
     dataset,  # has score_answer(answer, entry) -> 0 to 1, such as reasoning_gym.create_dataset(…)
     column: str = "entry",  # the column of problems
