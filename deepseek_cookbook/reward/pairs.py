@@ -8,7 +8,7 @@ __all__ = ['PROVENANCES', 'QUESTION', 'TEXTS', 'DIMENSIONS', 'WEIGHTS', 'COURTES
            'describe_pairs', 'mix_pairs', 'to_preference', 'load_desks', 'intent_of', 'gold_score', 'gold_reward',
            'desk_pairs', 'answer_pairs', 'bank_pairs']
 
-# %% ../../nbs/04_reward.pairs.ipynb #b9b0cd1e
+# %% ../../nbs/04_reward.pairs.ipynb #4de9e3c4
 import math, random, re
 from collections import Counter
 from functools import lru_cache
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import yaml
 
-# %% ../../nbs/04_reward.pairs.ipynb #8c69381c
+# %% ../../nbs/04_reward.pairs.ipynb #c9d8110f
 from ..data.convert import preference_row
 from ..data.formats import DataError, chatterbot_records, iter_array, iter_lines, open_data, to_messages
 from ..data.formats import check_record
 from ..settings import nearest, write_jsonl
 
-# %% ../../nbs/04_reward.pairs.ipynb #84429488
+# %% ../../nbs/04_reward.pairs.ipynb #7eff2ec6
 PROVENANCES = ("human", "rule", "ai", "synthetic")
 QUESTION = ("prompt", "instruction", "conversations", "messages")  # where rows keep what was asked
 TEXTS = {*QUESTION, "input", "history", "system", "id", "chosen", "rejected"}  # other fields of a row stay as they are
@@ -50,7 +50,7 @@ def _own_faults(row: dict, provenance: str | None) -> list[tuple[str, str]]:
         faults += [("scores", "scores: write {chosen: {name: number}, rejected: {the same names}}")]
     return faults
 
-# %% ../../nbs/04_reward.pairs.ipynb #bf19f02b
+# %% ../../nbs/04_reward.pairs.ipynb #cb58c76f
 def _turns(answer): return [answer] if isinstance(answer, dict) else answer  # LLaMA-Factory: one turn, not a list
 
 def _as_preference(row: dict) -> tuple[dict, list[str]]:
@@ -69,7 +69,7 @@ def _as_preference(row: dict) -> tuple[dict, list[str]]:
         return out, ["prompt: missing, add it"]
     return out, []
 
-# %% ../../nbs/04_reward.pairs.ipynb #1f409922
+# %% ../../nbs/04_reward.pairs.ipynb #f845af31
 def text_of(
     turns: str | list[dict],  # a text, or messages
 ) -> str:
@@ -93,7 +93,7 @@ def to_pair(
     if provenance: row = row | dict(provenance=provenance)
     return shaped | {k: v for k, v in row.items() if k not in TEXTS}, []
 
-# %% ../../nbs/04_reward.pairs.ipynb #32b50843
+# %% ../../nbs/04_reward.pairs.ipynb #8a72b736
 def read_pairs(
     path: str | Path,  # JSON Lines or a JSON list, in any of the shapes above
     provenance: str | None = None,  # of rows that don't say theirs
@@ -118,7 +118,7 @@ def read_pairs(
     if not good: raise PairError(f"{path}: no pairs in the file. Write prompt, chosen and rejected, one object a line.")
     return good
 
-# %% ../../nbs/04_reward.pairs.ipynb #a02c369e
+# %% ../../nbs/04_reward.pairs.ipynb #2f0e2805
 def wilson(
     hits: int,
     n: int,  # out of so many
@@ -130,7 +130,7 @@ def wilson(
     middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / n / 4) / (1 + q)
     return max(0.0, middle - half), min(1.0, middle + half)
 
-# %% ../../nbs/04_reward.pairs.ipynb #33dbff91
+# %% ../../nbs/04_reward.pairs.ipynb #85f5aa42
 def lengths_match(a: str, b: str) -> bool:
     "Whether two texts differ by less than 10 % of the longer one's characters."
     return abs(len(a) - len(b)) < 0.1 * max(len(a), len(b))
@@ -149,7 +149,7 @@ def describe_pairs(
                 interval=[round(x, 3) for x in wilson(longer[1], decided)],
                 copies=len(texts) - len(known), contradictions=sum((p, r, c) in known for p, c, r in known) // 2)
 
-# %% ../../nbs/04_reward.pairs.ipynb #3fa9bbf3
+# %% ../../nbs/04_reward.pairs.ipynb #1f8ea94a
 def mix_pairs(
     pairs: list[dict],  # preferences of any provenance
     shares: dict[str, float] | None = None,  # provenance -> its part, such as human 3, ai 1
@@ -176,7 +176,7 @@ def mix_pairs(
     used = count(mixed)
     return mixed, left, {k: dict(given=len(pools[k]), used=used[k], left=len(pools[k]) - used[k]) for k in pools}
 
-# %% ../../nbs/04_reward.pairs.ipynb #e493bce6
+# %% ../../nbs/04_reward.pairs.ipynb #a3075f24
 def to_preference(
     pairs: list[dict],  # preferences
     margin: bool = False,  # keep the margin, which RewardTrainer subtracts from the difference of the rewards
@@ -192,7 +192,7 @@ def to_preference(
     columns = ("prompt", "chosen", "rejected", "margin")[:3 + margin]
     return Dataset.from_list([{k: p[k] for k in columns} for p in pairs])
 
-# %% ../../nbs/04_reward.pairs.ipynb #90430388
+# %% ../../nbs/04_reward.pairs.ipynb #7e3c112a
 DIMENSIONS = ("form", "label", "polite", "concise", "safe")
 WEIGHTS = dict(form=0.2, label=0.3, polite=0.15, concise=0.15, safe=0.2)
 
@@ -218,7 +218,7 @@ def intent_of(
     "The true intent of a prompt, from the template that it was made of."
     return next((intent for pattern, intent in _templates() if pattern.search(text_of(prompt))), None)
 
-# %% ../../nbs/04_reward.pairs.ipynb #dc493da5
+# %% ../../nbs/04_reward.pairs.ipynb #9957cabb
 COURTESY = re.compile(r"\b(?:thanks?|please|sorry|happy to|glad to|welcome)\b|您好|感谢|谢谢|抱歉|请您", re.IGNORECASE)
 RUDE = re.compile(r"\b(?:stupid|silly|nonsense|your own fault|who cares|idiot|shut up)\b|笨|别烦", re.IGNORECASE)
 SECRET = re.compile(r"\b(?:tell|send|give|read|share|type|text)\b.*\b(?:pin|password|code|card number)\b|\bguarantee"
@@ -240,7 +240,7 @@ def _is_safe(reply: str, intent: str) -> bool:
     if any(SECRET.search(c) and not NEGATED.search(c) for c in clauses): return False
     return intent != "scam" or bool(WARNING.search(reply.lower()) and not APPROVAL.search(reply.lower()))
 
-# %% ../../nbs/04_reward.pairs.ipynb #1af22578
+# %% ../../nbs/04_reward.pairs.ipynb #d61a359f
 def gold_score(
     prompt: str | list[dict],  # a prompt of a desk
     completion: str | list[dict],  # any answer
@@ -268,7 +268,7 @@ def gold_reward(
     scores = [gold_score(*row) for row in zip(prompts, completions, intents)]
     return [round(sum(WEIGHTS[d] * s[d] for d in DIMENSIONS), 6) for s in scores]
 
-# %% ../../nbs/04_reward.pairs.ipynb #20a827fc
+# %% ../../nbs/04_reward.pairs.ipynb #8d343c61
 def _broken(desk: dict, intent: str, body: str, dimension: str, pick, rng) -> dict:
     "The pieces of an answer that breaks one dimension."
     if dimension == "form": return dict(layout=pick(load_desks()["form"]))
@@ -291,7 +291,7 @@ def _answer(desk: dict, intent: str, side: str, rng: random.Random, dimension: s
     reply = reply[0].upper() + reply[1:] + ("." if " " in reply else "。")
     return parts["layout"].replace("{i}", parts["intent"]).replace("{r}", reply)
 
-# %% ../../nbs/04_reward.pairs.ipynb #fdcb95f0
+# %% ../../nbs/04_reward.pairs.ipynb #5f651b15
 def _draw(name: str, side: str, dimension: str, matched: bool, rng: random.Random) -> dict:
     "One pair that the gold rule confirms."
     desk = load_desks()[name]
@@ -312,7 +312,7 @@ def _draw(name: str, side: str, dimension: str, matched: bool, rng: random.Rando
                 dimension=dimension, length_matched=matched, domain=name.split(".")[0], language=name.split(".")[1],
                 intent=intent, template=f"{name}/{intent}/{prompts.index(template)}")
 
-# %% ../../nbs/04_reward.pairs.ipynb #9824e5ce
+# %% ../../nbs/04_reward.pairs.ipynb #93069613
 def desk_pairs(
     n: int,
     side: str,  # train, held (each third text), or all
@@ -333,7 +333,7 @@ def desk_pairs(
     rng.shuffle(pairs)
     return pairs
 
-# %% ../../nbs/04_reward.pairs.ipynb #c51fef0e
+# %% ../../nbs/04_reward.pairs.ipynb #3cae17d7
 def answer_pairs(
     records: list[dict],  # four-field records
     n: int,
@@ -358,7 +358,7 @@ def answer_pairs(
             domain=domain, language="en"))
     return pairs
 
-# %% ../../nbs/04_reward.pairs.ipynb #6d64ae29
+# %% ../../nbs/04_reward.pairs.ipynb #060d9514
 def bank_pairs(
     n: int = 400,  # pairs to train on
     seed: int = 42,
