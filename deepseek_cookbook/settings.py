@@ -24,6 +24,9 @@ SECTIONS = {
     "augment": "deepseek_cookbook.augment.gate:AugmentConfig",
     "lora": "peft:LoraConfig",
     "sft": "trl:SFTConfig",
+    "reward": "trl:RewardConfig",
+    "reward_model": "deepseek_cookbook.reward.model:RewardModelConfig",
+    "gate": "deepseek_cookbook.reward.gate:GateConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",
     "evaluate": "deepseek_cookbook.evaluate.metrics:EvaluateConfig",
 }
