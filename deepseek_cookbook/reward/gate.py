@@ -6,7 +6,7 @@
 __all__ = ['GateError', 'GateConfig', 'score_pairs', 'spearman', 'calibration', 'plot_calibration', 'GateReport', 'gate',
            'weights_digest', 'save_gate', 'load_gate', 'check_gate', 'reward_phase']
 
-# %% ../../nbs/04g_reward.gate.ipynb #85aef1a5
+# %% ../../nbs/04g_reward.gate.ipynb #2cd9b131
 import hashlib, math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-# %% ../../nbs/04g_reward.gate.ipynb #e6905854
+# %% ../../nbs/04g_reward.gate.ipynb #2a3d0d9c
 from .combine import Checked
 from .functions import Reward
 from .pairs import bank_pairs, lengths_match, text_of, wilson
 from ..settings import RunFolder, Settings, read_json, write_json, write_jsonl
 
-# %% ../../nbs/04g_reward.gate.ipynb #df3cde1f
+# %% ../../nbs/04g_reward.gate.ipynb #01799132
 class GateError(RuntimeError):
     "A reward that must not be trained against, or that can't be judged; the message says what failed."
 
@@ -43,7 +43,7 @@ class GateConfig:
             if k not in ("waived", "margin") and v is not None and not 0 <= v <= 1:
                 raise ValueError(f"{k} = {v}: write a share from 0 to 1, or none")
 
-# %% ../../nbs/04g_reward.gate.ipynb #8f9f3aa4
+# %% ../../nbs/04g_reward.gate.ipynb #f08015d2
 def score_pairs(
     reward: Reward,  # prompts, completions -> numbers
     pairs: list[dict],  # preferences
@@ -66,7 +66,7 @@ def spearman(x_N: np.ndarray, y_N: np.ndarray) -> float:  # -1 to 1; 0 where one
     spread = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread else 0.0
 
-# %% ../../nbs/04g_reward.gate.ipynb #3a25e1c6
+# %% ../../nbs/04g_reward.gate.ipynb #5f24b6ee
 def calibration(
     margin_N: np.ndarray,  # score of chosen less that of rejected
     bins: int = 5,  # of the claimed probability, from 0.5 to 1
@@ -77,8 +77,8 @@ def calibration(
     surprise = np.logaddexp(0, -fitted[:, None] / grid).mean(0)
     temperature = float(grid[surprise.argmin()])
     found = _bins(rest, bins)
-    return dict(temperature=round(temperature, 3), error=_error(found), error_scaled=_error(_bins(rest / temperature, bins)),
-                bins=found)
+    return dict(temperature=round(temperature, 3), error=_error(found),
+                error_scaled=_error(_bins(rest / temperature, bins)), bins=found)
 
 def _bins(margin_N: np.ndarray, bins: int) -> list[dict]:
     claimed_N, right_N = 1 / (1 + np.exp(-np.minimum(abs(margin_N), 500))), margin_N > 0
@@ -90,7 +90,7 @@ def _bins(margin_N: np.ndarray, bins: int) -> list[dict]:
 def _error(found: list[dict]) -> float:
     return round(sum(b["n"] * abs(b["claimed"] - b["observed"]) for b in found) / sum(b["n"] for b in found), 4)
 
-# %% ../../nbs/04g_reward.gate.ipynb #0e1acb25
+# %% ../../nbs/04g_reward.gate.ipynb #e7d7bb56
 def plot_calibration(found: dict) -> Figure:
     "What was observed over what was claimed, with 95 % intervals."
     figure = Figure(figsize=(4.5, 3.6), layout="constrained", facecolor="white")
@@ -100,12 +100,14 @@ def plot_calibration(found: dict) -> Figure:
     reach = [[max(0, b["observed"] - b["low"]) for b in rows], [max(0, b["high"] - b["observed"]) for b in rows]]
     ax.errorbar(claimed, observed, reach, fmt="o-", color="#1d5b82", ecolor="#9db9cc", ms=5)
     for b in rows: ax.annotate(f" n={b['n']}", (b["claimed"], b["observed"]), fontsize=8, va="top")
-    ax.set(xlabel="claimed probability of being right", ylabel="share that was right", xlim=(0.48, 1.04), ylim=(0, 1.05))
-    ax.set_title(f"calibration error {found['error']:.3f} · temperature {found['temperature']:g}", loc="left", fontsize=10)
+    ax.set(xlabel="claimed probability of being right", ylabel="share that was right", xlim=(0.48, 1.04),
+           ylim=(0, 1.05))
+    ax.set_title(f"calibration error {found['error']:.3f} · temperature {found['temperature']:g}", loc="left",
+                 fontsize=10)
     ax.grid(alpha=0.25); ax.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/04g_reward.gate.ipynb #79ff0e9a
+# %% ../../nbs/04g_reward.gate.ipynb #4b87def6
 @dataclass
 class GateReport:
     "What was measured, and which limits it met."
@@ -123,12 +125,13 @@ class GateReport:
     def _repr_markdown_(self) -> str:
         "The table, as a notebook shows it."
         show = lambda x: "" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
-        line = lambda r: [r["name"], show(r["value"]), f"{show(r['low'])}-{show(r['high'])}" if r["low"] is not None else "",
-                          show(r["n"]), r["limit"], {True: "pass", False: "**FAIL**", None: "reported"}[r["passed"]]]
+        verdict = {True: "pass", False: "**FAIL**", None: "reported"}
+        reach = lambda r: "" if r["low"] is None else f"{show(r['low'])}-{show(r['high'])}"
+        line = lambda r: [r["name"], show(r["value"]), reach(r), show(r["n"]), r["limit"], verdict[r["passed"]]]
         head = ["measure", "value", "95 % interval", "pairs", "limit", "verdict"]
         return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * 6, *map(line, self.rows)])
 
-# %% ../../nbs/04g_reward.gate.ipynb #400b6ce6
+# %% ../../nbs/04g_reward.gate.ipynb #6b23b98c
 def _row(name: str, value, limit, most: bool = False, n: int | None = None, hits: int | None = None) -> dict:
     "One row; `most`: the limit is an upper one."
     low, high = wilson(hits, n) if hits is not None and n else (None, None)
@@ -143,7 +146,7 @@ def _share(name: str, right_N: np.ndarray, limit) -> dict:
 def _drop(name: str, whole: float, right_N: np.ndarray, limit) -> dict:
     return _row(name, whole - float(right_N.mean()) if len(right_N) else None, limit, most=True, n=len(right_N))
 
-# %% ../../nbs/04g_reward.gate.ipynb #dbf0d3dc
+# %% ../../nbs/04g_reward.gate.ipynb #35c7fa6e
 def gate(
     reward: Reward,  # a model of load_reward, a rule, a combination
     heldout: list[dict],  # pairs that it has never seen
@@ -181,7 +184,7 @@ def _ood_rows(reward: Reward, ood: list[dict], accuracy: float, c: GateConfig) -
     rows = [_share(f"accuracy: domain {d}", right_N[domains == d], None) for d in sorted(set(domains))]
     return rows + [_drop("drop out of domain", accuracy, right_N, c.ood_drop)]
 
-# %% ../../nbs/04g_reward.gate.ipynb #23142945
+# %% ../../nbs/04g_reward.gate.ipynb #37f75762
 def weights_digest(folder: str | Path) -> str:
     "SHA-256 of the adapter of a reward model; empty where there is none."
     file = Path(folder) / "adapter" / "adapter_model.safetensors"
@@ -218,7 +221,7 @@ def check_gate(
     report.forced = bool(report.failed)
     return report
 
-# %% ../../nbs/04g_reward.gate.ipynb #dc6dd403
+# %% ../../nbs/04g_reward.gate.ipynb #12a51171
 def reward_phase(
     settings: Settings,  # [model], [lora], [reward], [reward_model], [gate], [monitor], [run]
     run: RunFolder,

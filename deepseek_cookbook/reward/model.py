@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'PURPOSES', 'RewardModelError', 'RewardModelConfig', 'head_
            'reward_config', 'reward_lora', 'head_names', 'make_reward_trainer', 'train_reward', 'reward_facts',
            'reward_figures', 'Purpose', 'find_reward']
 
-# %% ../../nbs/04a_reward.model.ipynb #f2dcaa3c
+# %% ../../nbs/04a_reward.model.ipynb #76ee8c0c
 import copy, math, shutil, time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.modeling_layers import GenericForSequenceClassification
 
-# %% ../../nbs/04a_reward.model.ipynb #172ed953
+# %% ../../nbs/04a_reward.model.ipynb #3921e99d
 from deepseek_cookbook.models import (hub_error, load_adapter, load_model, load_tokenizer, locate, precision, reach_hub,
     to_dtype)
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
@@ -32,7 +32,7 @@ from ..runlog import make_trackers
 from ..settings import Settings, SettingsError, nearest, read_json, write_json
 from ..sft.train import Bar, TrainError, last_checkpoint, told_plainly
 
-# %% ../../nbs/04a_reward.model.ipynb #f0b3e6e5
+# %% ../../nbs/04a_reward.model.ipynb #9d55c16e
 LOSSES = ("bradley_terry", "triplet", "multi_head")
 
 class RewardModelError(RuntimeError):
@@ -63,14 +63,15 @@ class RewardModelConfig:
         if self.margin and self.loss == "multi_head": wrong += ["margin: not with several heads, whose ties have none"]
         if wrong: raise ValueError("; ".join(wrong))
 
-# %% ../../nbs/04a_reward.model.ipynb #ac4c0c61
+# %% ../../nbs/04a_reward.model.ipynb #4587c32c
 def head_class(causal: PreTrainedModel) -> type:
     "The sequence-classification class of an architecture; a generic one if transformers has none."
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(causal.config) in known: return known[type(causal.config)]
     base = next(c for c in type(causal).__mro__ if c.__name__.endswith("PreTrainedModel"))
     name = type(causal).__name__.replace("ForCausalLM", "") + "ForSequenceClassification"
-    return type(name, (GenericForSequenceClassification, base), {})
+    home = {"__module__": type(causal).__module__}  # where transformers looks for what the architecture can do
+    return type(name, (GenericForSequenceClassification, base), home)
 
 def put_head(causal: PreTrainedModel, heads: int, seed: int) -> PreTrainedModel:
     "The same layers with `heads` numbers at the end instead of a vocabulary."
@@ -87,7 +88,7 @@ def put_head(causal: PreTrainedModel, heads: int, seed: int) -> PreTrainedModel:
         if hasattr(causal, k): setattr(model, k, getattr(causal, k))
     return model.eval()
 
-# %% ../../nbs/04a_reward.model.ipynb #077b85e2
+# %% ../../nbs/04a_reward.model.ipynb #9c6f1a35
 def load_reward_model(
     name: str | Path,  # registry name, hub id, folder or .gguf file; a causal LM or a sequence classifier
     adapter: str | Path | None = None,  # folder of an adapter that `train_reward` saved
@@ -117,7 +118,7 @@ def _read_classifier(name, source: dict, dtype="auto", device=None, **options) -
     model.config.pad_token_id = load_tokenizer(name).pad_token_id
     return model.to(chosen.device).eval()
 
-# %% ../../nbs/04a_reward.model.ipynb #41bf9d4b
+# %% ../../nbs/04a_reward.model.ipynb #06276612
 def as_messages(prompt: str | list[dict], completion: str | list[dict]) -> list[dict]:
     "Question and answer as one dialogue; texts are a user's question and an assistant's answer."
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -138,7 +139,7 @@ def encode(
                                "reward.max_length, or set reward_model.long = cut, which takes them from the left.")
     return ids[over:], over
 
-# %% ../../nbs/04a_reward.model.ipynb #cf89ed7c
+# %% ../../nbs/04a_reward.model.ipynb #bd2cacab
 def to_rows(
     pairs: list[dict],  # preferences
     tokenizer,
@@ -164,7 +165,7 @@ def to_rows(
         cut += (a > 0) + (b > 0)
     return Dataset.from_list(rows), cut
 
-# %% ../../nbs/04a_reward.model.ipynb #1ff31e12
+# %% ../../nbs/04a_reward.model.ipynb #96050391
 def token_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     "Indices of rows, longest first, at most `batch_tokens` padded tokens a batch, and at least one row."
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -195,7 +196,7 @@ class RewardModel:
             raise RewardModelError(f"weights: {n!r} is no head.{nearest(n, self.names)}")
         if not self.std > 0: raise RewardModelError(f"std = {self.std}: write a number above 0")
 
-# %% ../../nbs/04a_reward.model.ipynb #68d0bdea
+# %% ../../nbs/04a_reward.model.ipynb #efc15030
 @patch
 @torch.inference_mode()
 def score_ids(
@@ -222,7 +223,7 @@ def score_ids(
                                "weights are damaged, or float16 overflowed: load with dtype=bfloat16 or float32.")
     return scores_NH
 
-# %% ../../nbs/04a_reward.model.ipynb #9a880012
+# %% ../../nbs/04a_reward.model.ipynb #3b60953b
 @patch
 def heads(self: RewardModel, prompts: list, completions: list, **columns) -> dict[str, list[float]]:
     "Raw scores, a list for each head."
@@ -240,7 +241,7 @@ def __call__(self: RewardModel, prompts: list, completions: list, **columns) -> 
              for row in zip(*(found[n] for n in self.weights))]
     return [(x - self.mean) / self.std for x in total]
 
-# %% ../../nbs/04a_reward.model.ipynb #1f033c4b
+# %% ../../nbs/04a_reward.model.ipynb #7437377b
 def save_reward(
     model,  # a PEFT model with a head
     folder: str | Path,  # gets adapter/ with reward.json in it
@@ -268,13 +269,14 @@ def load_reward(
     if not (home / "reward.json").is_file():
         raise RewardModelError(f"{folder}: no adapter/reward.json. Give the folder that train_reward wrote.")
     facts = read_json(home / "reward.json")
-    try: names, scale = tuple(facts["names"]), (facts["mean"], facts["std"]) if normalize and not weights else (0.0, 1.0)
+    try: names, scale = tuple(facts["names"]), (facts["mean"], facts["std"])
     except KeyError as e: raise RewardModelError(f"{home / 'reward.json'}: no {e}. Train the model again.") from None
     model = load_reward_model(facts["base"], home, len(names), **options)
     more = {k: facts[k] for k in ("max_length", "long", "batch_tokens") if k in facts}
+    if weights or not normalize: scale = (0.0, 1.0)  # measured on all heads
     return RewardModel(model, load_tokenizer(facts["base"]), names, weights, *scale, exact=exact, **more)
 
-# %% ../../nbs/04a_reward.model.ipynb #3c4ef10e
+# %% ../../nbs/04a_reward.model.ipynb #6ae1a0a2
 def reward_config(settings: Settings, folder: str | Path):  # trl.RewardConfig
     "The trainer's arguments on this machine; settings win."
     machine = precision().arguments() | dict(dataloader_pin_memory=torch.cuda.is_available(), disable_tqdm=False)
@@ -284,7 +286,7 @@ def reward_config(settings: Settings, folder: str | Path):  # trl.RewardConfig
 
 def reward_lora(settings: Settings, model: PreTrainedModel, upper_layers: int | None = None):  # peft.LoraConfig
     "[lora], with the head trained in full."
-    more = dict(task_type="SEQ_CLS", modules_to_save=["score"])
+    more = dict(task_type="SEQ_CLS", modules_to_save=["score"], lora_dropout=0.0)
     if upper_layers:
         first = max(0, model.config.get_text_config().num_hidden_layers - upper_layers)
         layer = lambda name: next((int(p) for p in name.split(".") if p.isdigit()), -1)
@@ -292,14 +294,14 @@ def reward_lora(settings: Settings, model: PreTrainedModel, upper_layers: int | 
                                   if isinstance(m, torch.nn.Linear) and n != "score" and layer(n) >= first]
     return settings.build("lora", **more)
 
-# %% ../../nbs/04a_reward.model.ipynb #3cd1dafb
+# %% ../../nbs/04a_reward.model.ipynb #12300b63
 def head_names(config: RewardModelConfig, pairs: list[dict]) -> tuple[str, ...]:
     "The heads that a configuration asks for."
     if config.loss != "multi_head": return ("reward",)
     found = sorted({n for p in pairs for n in p.get("scores", {}).get("chosen", {})})
     if not found: raise RewardModelError("loss = multi_head: no pair has scores. Add them, or set another loss.")
     for n in config.heads:
-        if n not in found: raise RewardModelError(f"reward_model.heads: {n!r} is in no pair's scores.{nearest(n, found)}")
+        if n not in found: raise RewardModelError(f"heads: {n!r} is in no pair's scores.{nearest(n, found)}")
     names = tuple(config.heads or found)
     flat = [n for n in names if all(p["scores"]["chosen"].get(n) == p["scores"]["rejected"].get(n)
                                     for p in pairs if "scores" in p)]
@@ -322,7 +324,7 @@ def make_reward_trainer(settings: Settings, train, validation, folder, model, to
     if not args.disable_tqdm: trainer.add_callback(Bar)
     return trainer, cut + cut_held
 
-# %% ../../nbs/04a_reward.model.ipynb #b330d037
+# %% ../../nbs/04a_reward.model.ipynb #09588f74
 def train_reward(
     settings: Settings,  # [model], [lora], [reward], [reward_model], [monitor], [run]
     train: list[dict],  # preferences
@@ -347,7 +349,8 @@ def train_reward(
         try:
             with told_plainly(folder): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except TrainError as e: raise RewardModelError(str(e).replace("sft.", "reward.")) from e
-        reward = RewardModel(trainer.model, tokenizer, names, max_length=args.max_length, long=own.long,
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        reward = RewardModel(trained, tokenizer, names, max_length=args.max_length, long=own.long,
                              batch_tokens=own.batch_tokens, exact=False)
         if trainer.is_world_process_zero(): save_reward(trainer.model, folder, reward_facts(reward, validation, base))
         figures = reward_figures(trainer, log.rows, checkpoint) | dict(cut=cut)
@@ -355,10 +358,11 @@ def train_reward(
     spent = dict(seconds=time.perf_counter() - began[0], cpu_seconds=time.process_time() - began[1])
     return reward, figures | {k: round(v, 1) for k, v in spent.items()}
 
-# %% ../../nbs/04a_reward.model.ipynb #6e49ac5b
+# %% ../../nbs/04a_reward.model.ipynb #a47d1e5d
 def reward_facts(reward: RewardModel, pairs: list[dict], model: dict) -> dict:
     "What `load_reward` needs, measured on pairs."
-    scores = torch.tensor(reward([p["prompt"] for p in pairs] * 2, [p[k] for k in ("chosen", "rejected") for p in pairs]))
+    answers = [p[k] for k in ("chosen", "rejected") for p in pairs]
+    scores = torch.tensor(reward([p["prompt"] for p in pairs] * 2, answers))
     std = scores.std(correction=0).item()
     return dict(base=str(model["name"]), names=reward.names, mean=scores.mean().item(), std=std if std > 1e-8 else 1.0,
                 max_length=reward.max_length, long=reward.long, batch_tokens=reward.batch_tokens,
@@ -377,7 +381,7 @@ def reward_figures(trainer: PairTrainer, rows: list[dict], checkpoint: Path | No
                 trainable_share=round(trainable / total, 5), peak_memory_gib=round(peak_memory_gib(), 2),
                 events=sum("event" in r for r in rows))
 
-# %% ../../nbs/04a_reward.model.ipynb #2a59400d
+# %% ../../nbs/04a_reward.model.ipynb #e10d7b23
 @dataclass(frozen=True)
 class Purpose:
     "What an article asks for, and what there is."
