@@ -13,7 +13,7 @@ from deepseek_cookbook.models import load_tokenizer
 from deepseek_cookbook.reward.losses import bradley_terry, head_targets, multi_head, triplet
 from deepseek_cookbook.reward.model import (PURPOSES, RewardModel, RewardModelConfig, RewardModelError, encode,
                                             find_reward, head_class, head_names, load_reward, load_reward_model,
-                                            put_head, reward_lora, to_rows, token_batches, train_reward)
+                                            put_head, to_rows, token_batches, train_reward)
 from deepseek_cookbook.reward.pairs import DIMENSIONS, bank_pairs, to_preference
 from deepseek_cookbook.settings import load_settings, read_json
 
@@ -195,14 +195,23 @@ def test_settings_that_mean_nothing(wrong):
         RewardModelConfig(**wrong)
 
 
-def test_adapters_in_the_upper_layers_only():
-    from peft import get_peft_model
+def test_adapters_in_the_upper_layers_only(tmp_path):
+    """Also with experts, which PEFT adapts in all layers once it adapts them in one."""
+    import copy
 
-    model = load_reward_model("tiny-deepseek-v3", device="cpu")
-    peft = get_peft_model(model, reward_lora(settings(), model, 1))
-    trained = [n for n, p in peft.named_parameters() if p.requires_grad]
-    assert any("score" in n for n in trained) and any("layers.1." in n for n in trained)
-    assert not any("layers.0." in n for n in trained)
+    from transformers import AutoModelForCausalLM
+
+    from deepseek_cookbook.models import load_model
+    from deepseek_cookbook.reward.model import make_reward_trainer
+
+    config = copy.deepcopy(load_model("tiny-deepseek-v3", device="cpu").config)
+    config.num_hidden_layers, config.mlp_layer_types = 4, ["dense", "sparse", "sparse", "sparse"]
+    model, tokenizer = put_head(AutoModelForCausalLM.from_config(config), 1, 0), load_tokenizer("tiny-deepseek-v3")
+    trainer, _ = make_reward_trainer(settings("reward_model.upper_layers=1"), TRAIN[:4], TRAIN[:4], tmp_path, model,
+                                     tokenizer, ("reward",))
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert any("score" in n for n in trained) and any("layers.3." in n for n in trained)
+    assert all("score" in n or "layers.3." in n for n in trained)
 
 
 @pytest.mark.parametrize("name, loss", [("tiny-llama", "bradley_terry"), ("tiny-qwen2", "triplet"),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'PURPOSES', 'RewardModelError', 'RewardModelConfig', 'head_class', 'put_head', 'load_reward_model',
            'as_messages', 'encode', 'to_rows', 'token_batches', 'RewardModel', 'save_reward', 'load_reward',
-           'reward_config', 'reward_lora', 'head_names', 'make_reward_trainer', 'train_reward', 'reward_facts',
-           'reward_figures', 'Purpose', 'find_reward']
+           'reward_config', 'first_layer', 'reward_lora', 'head_names', 'make_reward_trainer', 'train_reward',
+           'reward_facts', 'reward_figures', 'Purpose', 'find_reward']
 
-# %% ../../nbs/04a_reward.model.ipynb #76ee8c0c
+# %% ../../nbs/04a_reward.model.ipynb #3bcf1e2d
 import copy, math, shutil, time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.modeling_layers import GenericForSequenceClassification
 
-# %% ../../nbs/04a_reward.model.ipynb #3921e99d
+# %% ../../nbs/04a_reward.model.ipynb #f09d52cd
 from deepseek_cookbook.models import (hub_error, load_adapter, load_model, load_tokenizer, locate, precision, reach_hub,
     to_dtype)
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
@@ -32,7 +32,7 @@ from ..runlog import make_trackers
 from ..settings import Settings, SettingsError, nearest, read_json, write_json
 from ..sft.train import Bar, TrainError, last_checkpoint, told_plainly
 
-# %% ../../nbs/04a_reward.model.ipynb #9d55c16e
+# %% ../../nbs/04a_reward.model.ipynb #76512fb5
 LOSSES = ("bradley_terry", "triplet", "multi_head")
 
 class RewardModelError(RuntimeError):
@@ -63,7 +63,7 @@ class RewardModelConfig:
         if self.margin and self.loss == "multi_head": wrong += ["margin: not with several heads, whose ties have none"]
         if wrong: raise ValueError("; ".join(wrong))
 
-# %% ../../nbs/04a_reward.model.ipynb #4587c32c
+# %% ../../nbs/04a_reward.model.ipynb #f08e9ba2
 def head_class(causal: PreTrainedModel) -> type:
     "The sequence-classification class of an architecture; a generic one if transformers has none."
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -88,7 +88,7 @@ def put_head(causal: PreTrainedModel, heads: int, seed: int) -> PreTrainedModel:
         if hasattr(causal, k): setattr(model, k, getattr(causal, k))
     return model.eval()
 
-# %% ../../nbs/04a_reward.model.ipynb #9c6f1a35
+# %% ../../nbs/04a_reward.model.ipynb #aa848241
 def load_reward_model(
     name: str | Path,  # registry name, hub id, folder or .gguf file; a causal LM or a sequence classifier
     adapter: str | Path | None = None,  # folder of an adapter that `train_reward` saved
@@ -118,7 +118,7 @@ def _read_classifier(name, source: dict, dtype="auto", device=None, **options) -
     model.config.pad_token_id = load_tokenizer(name).pad_token_id
     return model.to(chosen.device).eval()
 
-# %% ../../nbs/04a_reward.model.ipynb #06276612
+# %% ../../nbs/04a_reward.model.ipynb #ef52f2d8
 def as_messages(prompt: str | list[dict], completion: str | list[dict]) -> list[dict]:
     "Question and answer as one dialogue; texts are a user's question and an assistant's answer."
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -139,7 +139,7 @@ def encode(
                                "reward.max_length, or set reward_model.long = cut, which takes them from the left.")
     return ids[over:], over
 
-# %% ../../nbs/04a_reward.model.ipynb #bd2cacab
+# %% ../../nbs/04a_reward.model.ipynb #078b155b
 def to_rows(
     pairs: list[dict],  # preferences
     tokenizer,
@@ -165,7 +165,7 @@ def to_rows(
         cut += (a > 0) + (b > 0)
     return Dataset.from_list(rows), cut
 
-# %% ../../nbs/04a_reward.model.ipynb #96050391
+# %% ../../nbs/04a_reward.model.ipynb #20513b50
 def token_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
     "Indices of rows, longest first, at most `batch_tokens` padded tokens a batch, and at least one row."
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -174,6 +174,7 @@ def token_batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
         yield order[:n]
         order = order[n:]
 
+# %% ../../nbs/04a_reward.model.ipynb #5945d4b7
 @dataclass
 class RewardModel:
     "A reward model as a function of prompts and completions."
@@ -196,7 +197,7 @@ class RewardModel:
             raise RewardModelError(f"weights: {n!r} is no head.{nearest(n, self.names)}")
         if not self.std > 0: raise RewardModelError(f"std = {self.std}: write a number above 0")
 
-# %% ../../nbs/04a_reward.model.ipynb #efc15030
+# %% ../../nbs/04a_reward.model.ipynb #441a746f
 @patch
 @torch.inference_mode()
 def score_ids(
@@ -219,11 +220,12 @@ def score_ids(
             out = self.model(input_ids=ids_BT, attention_mask=seen_BT, position_ids=place_BT, use_cache=False)
         scores_NH[batch] = out.logits.float().cpu()
     if not scores_NH.isfinite().all():
-        raise RewardModelError(f"row {(~scores_NH.isfinite()).any(-1).nonzero()[0].item()}: the score isn't finite. The "
-                               "weights are damaged, or float16 overflowed: load with dtype=bfloat16 or float32.")
+        row = (~scores_NH.isfinite()).any(-1).nonzero()[0].item()
+        raise RewardModelError(f"row {row}: the score isn't finite. The weights are damaged, or float16 overflowed: "
+                               "load with dtype=bfloat16 or float32.")
     return scores_NH
 
-# %% ../../nbs/04a_reward.model.ipynb #3b60953b
+# %% ../../nbs/04a_reward.model.ipynb #541faa6d
 @patch
 def heads(self: RewardModel, prompts: list, completions: list, **columns) -> dict[str, list[float]]:
     "Raw scores, a list for each head."
@@ -241,7 +243,7 @@ def __call__(self: RewardModel, prompts: list, completions: list, **columns) -> 
              for row in zip(*(found[n] for n in self.weights))]
     return [(x - self.mean) / self.std for x in total]
 
-# %% ../../nbs/04a_reward.model.ipynb #7437377b
+# %% ../../nbs/04a_reward.model.ipynb #c75058ef
 def save_reward(
     model,  # a PEFT model with a head
     folder: str | Path,  # gets adapter/ with reward.json in it
@@ -257,6 +259,7 @@ def save_reward(
     shutil.rmtree(home, ignore_errors=True)
     return part.rename(home)
 
+# %% ../../nbs/04a_reward.model.ipynb #0787f282
 def load_reward(
     folder: str | Path,  # what train_reward left
     weights: dict[str, float] | None = None,  # of the heads; those that are left out aren't in the sum
@@ -276,7 +279,7 @@ def load_reward(
     if weights or not normalize: scale = (0.0, 1.0)  # measured on all heads
     return RewardModel(model, load_tokenizer(facts["base"]), names, weights, *scale, exact=exact, **more)
 
-# %% ../../nbs/04a_reward.model.ipynb #6ae1a0a2
+# %% ../../nbs/04a_reward.model.ipynb #2d5fe2bb
 def reward_config(settings: Settings, folder: str | Path):  # trl.RewardConfig
     "The trainer's arguments on this machine; settings win."
     machine = precision().arguments() | dict(dataloader_pin_memory=torch.cuda.is_available(), disable_tqdm=False)
@@ -284,17 +287,22 @@ def reward_config(settings: Settings, folder: str | Path):  # trl.RewardConfig
     extra = {k: v for k, v in machine.items() if k not in settings["reward"]}
     return settings.build("reward", output_dir=str(folder), seed=settings.build("run").seed, report_to="none", **extra)
 
+def first_layer(model: PreTrainedModel, upper_layers: int | None) -> int:
+    "The lowest layer that gets adapters."
+    return max(0, model.config.get_text_config().num_hidden_layers - upper_layers) if upper_layers else 0
+
+def _layer(name: str) -> int: return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
 def reward_lora(settings: Settings, model: PreTrainedModel, upper_layers: int | None = None):  # peft.LoraConfig
     "[lora], with the head trained in full."
     more = dict(task_type="SEQ_CLS", modules_to_save=["score"], lora_dropout=0.0)
     if upper_layers:
-        first = max(0, model.config.get_text_config().num_hidden_layers - upper_layers)
-        layer = lambda name: next((int(p) for p in name.split(".") if p.isdigit()), -1)
+        first = first_layer(model, upper_layers)
         more["target_modules"] = [n for n, m in model.named_modules()
-                                  if isinstance(m, torch.nn.Linear) and n != "score" and layer(n) >= first]
+                                  if isinstance(m, torch.nn.Linear) and n != "score" and _layer(n) >= first]
     return settings.build("lora", **more)
 
-# %% ../../nbs/04a_reward.model.ipynb #12300b63
+# %% ../../nbs/04a_reward.model.ipynb #a5999b47
 def head_names(config: RewardModelConfig, pairs: list[dict]) -> tuple[str, ...]:
     "The heads that a configuration asks for."
     if config.loss != "multi_head": return ("reward",)
@@ -309,6 +317,7 @@ def head_names(config: RewardModelConfig, pairs: list[dict]) -> tuple[str, ...]:
                                     "of reward_model.heads, or add pairs that differ in it.")
     return names
 
+# %% ../../nbs/04a_reward.model.ipynb #b1ac45ab
 def make_reward_trainer(settings: Settings, train, validation, folder, model, tokenizer, names, callbacks=()):
     "TRL's trainer with a new adapter and a head on `model`; rows that were cut."
     if settings["model"].get("quantization"):
@@ -320,11 +329,13 @@ def make_reward_trainer(settings: Settings, train, validation, folder, model, to
     trainer = PairTrainer(model, args, own.loss, names, own.triplet_margin, train_dataset=rows, eval_dataset=held,
                           processing_class=tokenizer, peft_config=reward_lora(settings, model, own.upper_layers),
                           callbacks=list(callbacks))
+    for name, p in trainer.model.named_parameters():  # PEFT 0.21 adapts fused experts in every layer
+        if 0 <= _layer(name) < first_layer(model, own.upper_layers): p.requires_grad_(False)
     for printing in (ProgressCallback, PrinterCallback): trainer.remove_callback(printing)
     if not args.disable_tqdm: trainer.add_callback(Bar)
     return trainer, cut + cut_held
 
-# %% ../../nbs/04a_reward.model.ipynb #09588f74
+# %% ../../nbs/04a_reward.model.ipynb #a97256af
 def train_reward(
     settings: Settings,  # [model], [lora], [reward], [reward_model], [monitor], [run]
     train: list[dict],  # preferences
@@ -358,7 +369,7 @@ def train_reward(
     spent = dict(seconds=time.perf_counter() - began[0], cpu_seconds=time.process_time() - began[1])
     return reward, figures | {k: round(v, 1) for k, v in spent.items()}
 
-# %% ../../nbs/04a_reward.model.ipynb #a47d1e5d
+# %% ../../nbs/04a_reward.model.ipynb #a6a418c5
 def reward_facts(reward: RewardModel, pairs: list[dict], model: dict) -> dict:
     "What `load_reward` needs, measured on pairs."
     answers = [p[k] for k in ("chosen", "rejected") for p in pairs]
@@ -381,7 +392,7 @@ def reward_figures(trainer: PairTrainer, rows: list[dict], checkpoint: Path | No
                 trainable_share=round(trainable / total, 5), peak_memory_gib=round(peak_memory_gib(), 2),
                 events=sum("event" in r for r in rows))
 
-# %% ../../nbs/04a_reward.model.ipynb #e10d7b23
+# %% ../../nbs/04a_reward.model.ipynb #98ed07ad
 @dataclass(frozen=True)
 class Purpose:
     "What an article asks for, and what there is."
