@@ -51,9 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="tiny")
     parser.add_argument("--losses", nargs="+", choices=OPTIONS, default=list(OPTIONS))
-    parser.add_argument("overrides", nargs="*", help="settings, such as reward.max_steps=20")
+    parser.add_argument("--set", nargs="*", default=[], help="settings, such as reward.max_steps=20")
     args = parser.parse_args()
-    results = {loss: measure(loss, args.profile, args.overrides) for loss in args.losses}
+    results = {loss: measure(loss, args.profile, args.set) for loss in args.losses}
     first = next(iter(results.values()))["gate"]
     names = [r["name"].removeprefix("accuracy: ") for r in first
              if r["name"].startswith("accuracy: ") and "domain" not in r["name"]]
