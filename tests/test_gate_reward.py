@@ -9,8 +9,19 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from deepseek_cookbook.reward.functions import RewardError
-from deepseek_cookbook.reward.gate import (GateConfig, GateError, calibration, check_gate, gate, load_gate,
-                                           plot_calibration, reward_phase, save_gate, score_pairs, spearman)
+from deepseek_cookbook.reward.gate import (
+    GateConfig,
+    GateError,
+    calibration,
+    check_gate,
+    gate,
+    load_gate,
+    plot_calibration,
+    reward_phase,
+    save_gate,
+    score_pairs,
+    spearman,
+)
 from deepseek_cookbook.reward.pairs import bank_pairs, gold_reward, text_of, wilson
 from deepseek_cookbook.settings import RunFolder, load_settings, read_jsonl
 
@@ -30,7 +41,7 @@ def length_lover(prompts, completions, **columns):
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=40))
 def test_spearman_is_scipys(rows):
     scipy = pytest.importorskip("scipy.stats")
-    x, y = (np.array(v) for v in zip(*rows))
+    x, y = (np.array(v) for v in zip(*rows, strict=True))
     if len(set(x)) == 1 or len(set(y)) == 1:
         assert spearman(x, y) == 0
     else:

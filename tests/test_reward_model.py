@@ -6,14 +6,28 @@ from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import given, settings as hypothesis_settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from deepseek_cookbook.models import load_tokenizer
 from deepseek_cookbook.reward.losses import bradley_terry, head_targets, multi_head, triplet
-from deepseek_cookbook.reward.model import (PURPOSES, RewardModel, RewardModelConfig, RewardModelError, encode,
-                                            find_reward, head_class, head_names, load_reward, load_reward_model,
-                                            put_head, to_rows, token_batches, train_reward)
+from deepseek_cookbook.reward.model import (
+    PURPOSES,
+    RewardModel,
+    RewardModelConfig,
+    RewardModelError,
+    encode,
+    find_reward,
+    head_class,
+    head_names,
+    load_reward,
+    load_reward_model,
+    put_head,
+    to_rows,
+    token_batches,
+    train_reward,
+)
 from deepseek_cookbook.reward.pairs import DIMENSIONS, bank_pairs, to_preference
 from deepseek_cookbook.settings import load_settings, read_json
 
@@ -31,7 +45,7 @@ def settings(*overrides):
 @hypothesis_settings(deadline=None, max_examples=50)
 @given(numbers)
 def test_losses_equal_naive_sums(rows):
-    c, r, m = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows))
+    c, r, m = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
     naive = sum(math.log1p(math.exp(-(a - b - k))) for a, b, k in rows) / len(rows)
     assert bradley_terry(c, r, m).item() == pytest.approx(naive, abs=1e-9)
     assert triplet(c, r, m).item() == pytest.approx(sum(max(0, k - (a - b)) for a, b, k in rows) / len(rows), abs=1e-9)
@@ -84,9 +98,9 @@ def same_scores(reward):
     prompts = [p["prompt"] for p in TRAIN[:6]] + ["Hi", "你好"]
     answers = [p["chosen"] for p in TRAIN[:6]] + ["", "short"]
     together = reward(prompts, answers)
-    rows = [encode(reward.tokenizer, p, a)[0] for p, a in zip(prompts, answers)]
+    rows = [encode(reward.tokenizer, p, a)[0] for p, a in zip(prompts, answers, strict=True)]
     left = (reward.score_ids(rows, side="left").sum(-1) - reward.mean) / reward.std
-    alone = [reward([p], [a])[0] for p, a in zip(prompts, answers)]
+    alone = [reward([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
     reward.batch_tokens = 2 * max(map(len, rows))
     for other in (left.tolist(), alone, reward(prompts, answers), reward(prompts[::-1], answers[::-1])[::-1]):
         assert max(abs(a - b) for a, b in zip(together, other, strict=True)) < 1e-4

@@ -43,8 +43,8 @@ def cells(loss: str, result: dict) -> list[str]:
     dimensions = [f"{r['value']:.2f}" for r in by_dimension.values()]
     shown = f"{whole['value']:.3f} ({whole['low']:.2f}-{whole['high']:.2f})"
     error = result["calibration"]
-    return [loss, shown, f"{matched['value']:.3f}", *dimensions, f"{error['error']:.3f}", f"{error['error_scaled']:.3f}",
-            f"{result['cpu_seconds']:.0f}"]
+    return [loss, shown, f"{matched['value']:.3f}", *dimensions, f"{error['error']:.3f}",
+            f"{error['error_scaled']:.3f}", f"{result['cpu_seconds']:.0f}"]
 
 
 def main() -> None:
