@@ -27,6 +27,9 @@ SECTIONS = {
     "train": "deepseek_cookbook.sft.train:TrainConfig",
     "loss": "deepseek_cookbook.sft.losses:LossConfig",
     "optim": "deepseek_cookbook.sft.optim:OptimConfig",
+    "reward": "trl:RewardConfig",
+    "reward_model": "deepseek_cookbook.reward.model:RewardModelConfig",
+    "gate": "deepseek_cookbook.reward.gate:GateConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",
     "evaluate": "deepseek_cookbook.evaluate.metrics:EvaluateConfig",
 }
