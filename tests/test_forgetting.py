@@ -32,7 +32,7 @@ from deepseek_cookbook.sft.forgetting import (
 )
 from deepseek_cookbook.sft.train import TrainConfig, general_texts, with_replay
 
-RECORDS = [dict(instruction=f"What is {i} plus one?", input="", output=f"It is {i + 1}.", history=[]) for i in range(40)]
+RECORDS = [dict(instruction=f"What is {i} + 1?", input="", output=f"It is {i + 1}.", history=[]) for i in range(40)]
 SETTINGS = ["sft.max_steps=3", "sft.per_device_train_batch_size=4"]
 
 
@@ -70,7 +70,8 @@ def test_the_plot_has_a_point_with_both_intervals_for_each_row():
 
 def test_held_out_passages_are_nowhere_else_not_even_as_near_copies():
     copy = "The quick brown fox jumps over the lazy dog and runs {} the dark wood to the far river."
-    texts = [copy.format(w) for w in ("through", "into", "out of")] + [f"Passage {i} is about {i * i}." for i in range(9)]
+    texts = [copy.format(w) for w in ("through", "into", "out of")]
+    texts += [f"Passage {i} is about {i * i}." for i in range(9)]
     general = split_general({"a": texts, "b": python_texts()[:40]}, held=5, seed=3)
     assert len(general.held["a"]) == len(general.held["b"]) == 5
     assert not {t for h in general.held.values() for t in h} & set(general.known)

@@ -1,6 +1,6 @@
 """What is forgotten while a task is learnt, by nine ways to train it: chapter 03e's study at full size.
 
-    python scripts/bench/forgetting.py --profile tiny --seeds 3 --steps 60
+    python scripts/bench/forgetting.py --profile tiny --seeds 3 --steps 60 --set data.limit=none --ewc 1 10 100
     python scripts/bench/forgetting.py --profile laptop --seeds 1 --json forgetting.json --plot forgetting.png
 
 Every run starts from the same base and takes the same number of steps on the train split of the data phase. Measured on
@@ -26,11 +26,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=24, help="of sft.per_device_train_batch_size rows")
     parser.add_argument("--teach", type=int, default=600, help="steps in which a toy learns general text first")
-    parser.add_argument("--held", type=int, default=64, help="held-out records of the task")
-    parser.add_argument("--passages", type=int, default=32, help="held-out passages of each kind")
+    parser.add_argument("--held", type=int, default=48, help="held-out records of the task")
+    parser.add_argument("--passages", type=int, default=24, help="held-out passages of each kind")
     parser.add_argument("--ewc", type=float, nargs="+", default=[1e2, 1e3, 1e4], help="values of loss.ewc_lambda")
     parser.add_argument("--l2", type=float, default=0.1, help="loss.l2_start")
-    parser.add_argument("--full-rate", type=float, default=0.1, help="of full fine-tuning, as a part of LoRA's rate")
+    parser.add_argument("--full-rate", type=float, default=0.3, help="of full fine-tuning, as a part of LoRA's rate")
     parser.add_argument("--lora-rates", type=float, nargs="*", default=[], help="more LoRA runs, times its rate")
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--set", nargs="*", default=[], help="overrides such as data.limit=400")
@@ -40,12 +40,12 @@ def arguments() -> argparse.Namespace:
 
 
 def show(rows: list[dict], console: Console, title: str):
-    table = Table("", "target", "python", "licences", "trained", "grad norm", "s", title=title)
+    table = Table("", "target", "python", "licences", "trained", "grad norm", "CPU s", title=title)
     for row in rows:
         cells = (f"{100 * x['rise']:+.1f} % ({100 * x['low']:+.1f} to {100 * x['high']:+.1f})"
                  for x in row["losses"].values())  # fmt: skip
         norm = "{} [{}-{}]".format(*(f"{row['grad_norm'][i]:.1f}" for i in (1, 0, 2)))
-        table.add_row(row["variant"], *cells, f"{row['trainable_share']:.1%}", norm, f"{row['seconds']:.0f}")
+        table.add_row(row["variant"], *cells, f"{row['trainable_share']:.1%}", norm, f"{row['cpu_seconds']:.0f}")
     console.print(table)
 
 
@@ -80,7 +80,8 @@ def main():
                     write_json(args.json, rows)
     means = f.over_seeds(rows)
     losses = ", ".join(f"{k} {x['before']:.3f}" for k, x in rows[0]["losses"].items())
-    show(means, console, f"rise of the loss, profile {args.profile}, {args.steps} steps, {args.seeds} seeds; before: {losses}")
+    title = f"rise of the loss, profile {args.profile}, {args.steps} steps, seeds: {args.seeds}; before: {losses}"
+    show(means, console, title)
     for kind in general.held:
         console.print(f"not dominated, {kind}: " + "; ".join(r["variant"] for r in f.pareto(means, kind)))
     console.print(f"{time.perf_counter() - began:.0f} s in all, {time.process_time():.0f} CPU s")
