@@ -6,7 +6,7 @@
 __all__ = ['GateError', 'GateConfig', 'score_pairs', 'spearman', 'calibration', 'plot_calibration', 'GateReport', 'gate',
            'weights_digest', 'save_gate', 'load_gate', 'check_gate', 'reward_phase']
 
-# %% ../../nbs/04g_reward.gate.ipynb #2cd9b131
+# %% ../../nbs/04g_reward.gate.ipynb #a2989968
 import hashlib, math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-# %% ../../nbs/04g_reward.gate.ipynb #2a3d0d9c
+# %% ../../nbs/04g_reward.gate.ipynb #4617ec2b
 from .combine import Checked
 from .functions import Reward
 from .pairs import bank_pairs, lengths_match, text_of, wilson
 from ..settings import RunFolder, Settings, read_json, write_json, write_jsonl
 
-# %% ../../nbs/04g_reward.gate.ipynb #01799132
+# %% ../../nbs/04g_reward.gate.ipynb #a083c8e4
 class GateError(RuntimeError):
     "A reward that must not be trained against, or that can't be judged; the message says what failed."
 
@@ -29,7 +29,7 @@ class GateConfig:
     "Limits of the gate; none reports a number without judging it."
     accuracy: float | None = 0.75  # held-out pair accuracy, at least
     accuracy_low: float | None = 0.65  # lower end of its 95 % interval, at least
-    margin: float | None = 0.0  # mean difference of the scores, above
+    margin: float | None = 0.0  # mean difference of the scores, at least
     dimension: float | None = 0.5  # accuracy in each dimension, at least: a coin
     waived: tuple[str, ...] = ()  # dimensions that are reported only
     length: float | None = 0.5  # absolute rank correlation of score and length, at most
@@ -43,7 +43,7 @@ class GateConfig:
             if k not in ("waived", "margin") and v is not None and not 0 <= v <= 1:
                 raise ValueError(f"{k} = {v}: write a share from 0 to 1, or none")
 
-# %% ../../nbs/04g_reward.gate.ipynb #f08015d2
+# %% ../../nbs/04g_reward.gate.ipynb #47006d90
 def score_pairs(
     reward: Reward,  # prompts, completions -> numbers
     pairs: list[dict],  # preferences
@@ -66,7 +66,7 @@ def spearman(x_N: np.ndarray, y_N: np.ndarray) -> float:  # -1 to 1; 0 where one
     spread = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread else 0.0
 
-# %% ../../nbs/04g_reward.gate.ipynb #5f24b6ee
+# %% ../../nbs/04g_reward.gate.ipynb #9243ae89
 def calibration(
     margin_N: np.ndarray,  # score of chosen less that of rejected
     bins: int = 5,  # of the claimed probability, from 0.5 to 1
@@ -90,7 +90,7 @@ def _bins(margin_N: np.ndarray, bins: int) -> list[dict]:
 def _error(found: list[dict]) -> float:
     return round(sum(b["n"] * abs(b["claimed"] - b["observed"]) for b in found) / sum(b["n"] for b in found), 4)
 
-# %% ../../nbs/04g_reward.gate.ipynb #e7d7bb56
+# %% ../../nbs/04g_reward.gate.ipynb #c5f0cb08
 def plot_calibration(found: dict) -> Figure:
     "What was observed over what was claimed, with 95 % intervals."
     figure = Figure(figsize=(4.5, 3.6), layout="constrained", facecolor="white")
@@ -107,7 +107,7 @@ def plot_calibration(found: dict) -> Figure:
     ax.grid(alpha=0.25); ax.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/04g_reward.gate.ipynb #4b87def6
+# %% ../../nbs/04g_reward.gate.ipynb #c60faf76
 @dataclass
 class GateReport:
     "What was measured, and which limits it met."
@@ -131,7 +131,7 @@ class GateReport:
         head = ["measure", "value", "95 % interval", "pairs", "limit", "verdict"]
         return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * 6, *map(line, self.rows)])
 
-# %% ../../nbs/04g_reward.gate.ipynb #6b23b98c
+# %% ../../nbs/04g_reward.gate.ipynb #91dbeba0
 def _row(name: str, value, limit, most: bool = False, n: int | None = None, hits: int | None = None) -> dict:
     "One row; `most`: the limit is an upper one."
     low, high = wilson(hits, n) if hits is not None and n else (None, None)
@@ -146,7 +146,7 @@ def _share(name: str, right_N: np.ndarray, limit) -> dict:
 def _drop(name: str, whole: float, right_N: np.ndarray, limit) -> dict:
     return _row(name, whole - float(right_N.mean()) if len(right_N) else None, limit, most=True, n=len(right_N))
 
-# %% ../../nbs/04g_reward.gate.ipynb #35c7fa6e
+# %% ../../nbs/04g_reward.gate.ipynb #ff4be239
 def gate(
     reward: Reward,  # a model of load_reward, a rule, a combination
     heldout: list[dict],  # pairs that it has never seen
@@ -177,6 +177,7 @@ def gate(
              _row("calibration error", found["error"], c.calibration, most=True, n=len(heldout) // 2)]
     return GateReport(rows, found)
 
+# %% ../../nbs/04g_reward.gate.ipynb #73ac9039
 def _ood_rows(reward: Reward, ood: list[dict], accuracy: float, c: GateConfig) -> list[dict]:
     "Accuracy of each other domain, and the drop over all of them."
     chosen_N, rejected_N = score_pairs(reward, ood)
@@ -184,7 +185,7 @@ def _ood_rows(reward: Reward, ood: list[dict], accuracy: float, c: GateConfig) -
     rows = [_share(f"accuracy: domain {d}", right_N[domains == d], None) for d in sorted(set(domains))]
     return rows + [_drop("drop out of domain", accuracy, right_N, c.ood_drop)]
 
-# %% ../../nbs/04g_reward.gate.ipynb #37f75762
+# %% ../../nbs/04g_reward.gate.ipynb #81c03297
 def weights_digest(folder: str | Path) -> str:
     "SHA-256 of the adapter of a reward model; empty where there is none."
     file = Path(folder) / "adapter" / "adapter_model.safetensors"
@@ -196,6 +197,7 @@ def save_gate(report: GateReport, folder: str | Path) -> Path:
     report.model = weights_digest(folder)
     return write_json(Path(folder) / "gate.json", asdict(report) | dict(passed=report.passed))
 
+# %% ../../nbs/04g_reward.gate.ipynb #5f34c146
 def load_gate(folder: str | Path) -> GateReport:
     "Read gate.json; a report of other weights is a `GateError`."
     file = Path(folder) / "gate.json"
@@ -221,7 +223,7 @@ def check_gate(
     report.forced = bool(report.failed)
     return report
 
-# %% ../../nbs/04g_reward.gate.ipynb #12a51171
+# %% ../../nbs/04g_reward.gate.ipynb #5680956c
 def reward_phase(
     settings: Settings,  # [model], [lora], [reward], [reward_model], [gate], [monitor], [run]
     run: RunFolder,
