@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN    := .venv/bin
-EXTRAS := quant,serve,data,augment,safety,track,docs,dev
+EXTRAS := quant,serve,data,augment,reward,safety,track,docs,dev
 READY  := .venv/.installed
 
 .PHONY: cook test docs lab save bench lint wheels lock clean
@@ -40,6 +40,7 @@ save: $(READY)
 bench: $(READY)
 	@$(BIN)/python scripts/bench/sft.py --steps 40
 	@$(BIN)/python scripts/bench/packing.py
+	@$(BIN)/python scripts/bench/precision.py --steps 24
 	@$(BIN)/python scripts/bench/clean.py
 
 lint: $(READY)

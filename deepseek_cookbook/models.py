@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BYTES', 'Precision', 'has_bf16_cpu', 'precision', 'attention_kernel', 'locate', 'hub_error', 'reach_hub',
            'check_spaces', 'guess_template', 'load_tokenizer', 'count_parameters', 'weight_bytes', 'check_memory',
-           'return_freed_memory', 'quantizer', 'to_dtype', 'agree', 'read_model', 'load_model', 'local_device',
-           'load_adapter']
+           'return_freed_memory', 'trim_memory', 'quantizer', 'to_dtype', 'agree', 'read_model', 'load_model',
+           'local_device', 'load_adapter']
 
 # %% ../nbs/00e_models.ipynb #10062973
 import ctypes, logging, math, os, re
@@ -184,6 +184,11 @@ def return_freed_memory(
     "Make `malloc` give freed tensors back to the system, for the rest of the process."
     mmap_threshold = -3  # M_MMAP_THRESHOLD of <malloc.h>
     try: return bool(ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, threshold))
+    except (OSError, AttributeError): return False
+
+def trim_memory() -> bool:  # False where the C library is not glibc
+    "Give the free pages of `malloc`'s heap back to the system, once."
+    try: return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
     except (OSError, AttributeError): return False
 
 # %% ../nbs/00e_models.ipynb #36fce9c6

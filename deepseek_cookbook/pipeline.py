@@ -7,7 +7,7 @@ __all__ = ['PHASES', 'Phase', 'file_digest', 'phase_key', 'is_finished', 'open_f
            'run_phase', 'PipelineError', 'select', 'check_settings', 'check_inputs', 'locked', 'cook']
 
 # %% ../nbs/10_pipeline.ipynb #1f70990c
-import ctypes, gc, hashlib, os, platform, shutil, time
+import gc, hashlib, os, platform, shutil, time
 from dataclasses import dataclass
 from contextlib import contextmanager
 from importlib import import_module
@@ -35,10 +35,13 @@ PHASES = (
     Phase("sft", "train a LoRA adapter on the answers", "deepseek_cookbook.sft.train:sft_phase",
           ("run", "model", "lora", "sft", "train", "loss", "optim", "monitor"), ("data",),
           ("metrics.jsonl", "adapter/adapter_model.safetensors")),
+    Phase("reward", "preference pairs, a reward model, the gate", "deepseek_cookbook.reward.gate:reward_phase",
+          ("run", "model", "lora", "reward", "reward_model", "gate", "monitor"), (),
+          ("metrics.jsonl", "train.jsonl", "heldout.jsonl", "ood.jsonl", "gate.json", "reward.json")),
     Phase("evaluate", "held-out loss and answers, before and after",
           "deepseek_cookbook.evaluate.metrics:evaluate_phase", ("run", "model", "evaluate"), ("data", "sft")),
     Phase("report", "one page with every number", "deepseek_cookbook.report:report_phase",
-          ("run",), ("data", "sft", "evaluate")),
+          ("run",), ("data", "sft", "reward", "evaluate")),
 )
 
 # %% ../nbs/10_pipeline.ipynb #bbee0f05
@@ -80,8 +83,7 @@ def open_folder(phase: Phase, key: str, run: RunFolder) -> Path:
 def reset_peak_memory():
     "Give memory of the phase before back to the system, and start measuring anew."
     gc.collect()
-    try: ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError): pass  # not glibc
+    import_module("deepseek_cookbook.models").trim_memory()
     try: Path("/proc/self/clear_refs").write_text("5")
     except OSError: pass
     torch = import_module("torch")

@@ -11,6 +11,8 @@ from deepseek_cookbook.cli import app
 
 COMMAND = str(Path(sys.executable).with_name("deepseek-cookbook"))
 runner = CliRunner()
+SHORT = ["reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
+         "reward_model.heldout=20", "reward_model.validation=8"]
 
 
 def test_help_names_every_command_in_a_sentence():
@@ -61,7 +63,7 @@ def test_help_does_not_wait_for_torch():
 def walked(tmp_path_factory):
     "A finished run of the toy."
     folder = tmp_path_factory.mktemp("walked")
-    done = runner.invoke(app, ["cook", "-p", "tiny", f"run.folder={folder}", "sft.disable_tqdm=true"])
+    done = runner.invoke(app, ["cook", "-p", "tiny", f"run.folder={folder}", "sft.disable_tqdm=true", *SHORT])
     assert done.exit_code == 0, done.output
     return folder
 

@@ -9,7 +9,8 @@ from deepseek_cookbook.pipeline import PHASES, PipelineError, cook, is_finished,
 from deepseek_cookbook.settings import RunFolder, load_settings, write_jsonl
 
 FAST = ["sft.max_steps=4", "sft.eval_steps=2", "sft.save_steps=2", "sft.disable_tqdm=true", "evaluate.quiet=true",
-        "evaluate.samples=1", "data.limit=40"]
+        "evaluate.samples=1", "data.limit=40", "reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
+        "reward_model.heldout=20", "reward_model.validation=8"]
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +40,25 @@ def test_every_phase_leaves_a_whole_result(walked):
 
 
 def test_nothing_runs_twice(walked):
-    assert skipped(walked[0]) == ["data", "sft", "evaluate", "report"]
+    assert skipped(walked[0]) == ["data", "sft", "reward", "evaluate", "report"]
 
 
 def test_a_damaged_file_is_made_again(walked):
     adapter = walked[0] / "tiny/sft/adapter/adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
-    assert skipped(walked[0]) == ["data"]
+    assert skipped(walked[0]) == ["data", "reward"]
 
 
 def test_a_damaged_result_is_made_again(walked):
     (walked[0] / "tiny/evaluate/result.json").write_text('{"phase": "evalu')
-    assert skipped(walked[0])[:2] == ["data", "sft"]
+    assert skipped(walked[0])[:3] == ["data", "sft", "reward"]
     assert "evaluate" not in skipped(walked[0], "evaluate.max_new_tokens=3")
     walk(walked[0])
 
 
 def test_a_changed_setting_runs_its_phase_and_what_follows(walked):
-    assert skipped(walked[0], "sft.learning_rate=2e-3") == ["data"]
-    assert skipped(walked[0], "sft.learning_rate=2e-3", "data.validation=0.3") == []
+    assert skipped(walked[0], "sft.learning_rate=2e-3") == ["data", "reward"]
+    assert skipped(walked[0], "sft.learning_rate=2e-3", "data.validation=0.3") == ["reward"]
     walk(walked[0])
 
 

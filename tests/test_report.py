@@ -42,6 +42,12 @@ def all_records():
         "sft": made("sft", dict(steps=12, resumed_from=EVIL, first_eval_loss=3.1, best_eval_loss=2.5, best_step=12,
                                 tokens_per_second=123.4, trainable=1000, trainable_share=0.01, events=1),
                     sft={"learning_rate": 1e-3, "output_dir": EVIL}, model={"name": EVIL}),
+        "reward": made("reward", dict(
+            pairs=dict(train=10, validation=2, heldout=4, ood=4), passed=False,
+            gate=[dict(name="held-out accuracy", value=0.5, n=4, low=0.15, high=0.85, limit="at least 0.75", passed=False),
+                  dict(name=f"accuracy: {EVIL}", value=None, n=0, low=None, high=None, limit="", passed=None)],
+            calibration=dict(error=0.1, temperature=1.0, bins=[
+                dict(claimed=0.7, observed=0.6, low=0.4, high=0.8, n=4)]))),
         "evaluate": made("evaluate", dict(before=dict(loss=3.0, perplexity=20.1), after=dict(loss=2.0, perplexity=7.4),
                                           fall=1 / 3, fall_interval=[0.3, 0.36], records=2, tokens=40, cut=1,
                                           answers=answers)),
@@ -131,7 +137,8 @@ def test_every_picture_says_what_it_shows(run, settings):
 
 
 NAMES = list(SECTION_OF)
-HEADINGS = {"data": "Data", "sft": "Supervised fine-tuning", "evaluate": "Before and after"}
+HEADINGS = {"data": "Data", "sft": "Supervised fine-tuning", "reward": "Reward model and gate",
+            "evaluate": "Before and after"}  # fmt: skip
 
 
 @pytest.mark.parametrize("present", [["data"], ["sft"], ["evaluate"], ["data", "evaluate"], ["data", "sft"], NAMES])

@@ -264,7 +264,7 @@ def test_a_hint_names_something_that_exists(word, known):
 def test_every_profile_of_the_repository_builds_every_section(profile, root):
     settings = load_settings(profile, path=root / "settings.ini")
     for section in SECTIONS:
-        extra = dict(output_dir="x", use_cpu=True, bf16=False, report_to="none") if section == "sft" else {}
+        extra = dict(output_dir="x", use_cpu=True, bf16=False, report_to="none") if section in ("sft", "reward") else {}
         built = settings.build(section, **extra)
         assert isinstance(built, section_class(section))
         for key, value in settings[section].items():
@@ -290,7 +290,7 @@ def test_values_that_the_library_refuses_are_told_with_their_section(tmp_path):
     for override in overrides + ["sft.tf32=true"] * (not torch.cuda.is_available()):
         settings, section = load_settings("tiny", [override]), override.split(".")[0]
         with pytest.raises(SettingsError, match=rf"\[{section}\], profile tiny"):
-            settings.build(section, **({"output_dir": str(tmp_path)} if section == "sft" else {}))
+            settings.build(section, **({"output_dir": str(tmp_path)} if section in ("sft", "reward") else {}))
 
 
 def test_importing_settings_is_light():

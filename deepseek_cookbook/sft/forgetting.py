@@ -7,18 +7,18 @@ __all__ = ['T95', 'pareto', 'ForgettingError', 'licence_texts', 'General', 'spli
            'Variant', 'variants', 'changed', 'variant_settings', 'with_knowledge', 'run_variant', 'over_seeds',
            'plot_pareto']
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #64b3b7e7
+# %% ../../nbs/03e_sft.forgetting.ipynb #c104fbec
 import gc, random, shutil, statistics, time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #535164a9
+# %% ../../nbs/03e_sft.forgetting.ipynb #04d093d8
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #8de500e8
+# %% ../../nbs/03e_sft.forgetting.ipynb #8da75ed2
 from ..data.mix import near_pairs, replay_record
 from ..evaluate.metrics import answer_nll, batch_nll, relative_fall, token_batches
 from ..guards import Action
@@ -27,7 +27,7 @@ from ..registry import find_model
 from ..settings import Settings, atomic_write, read_jsonl
 from .train import train_sft
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #a6723f67
+# %% ../../nbs/03e_sft.forgetting.ipynb #5ca17e63
 def pareto(
     rows: list[dict],  # of `run_variant` or `over_seeds`
     kind: str,  # of general text
@@ -40,7 +40,7 @@ def pareto(
         least = min(least, ends(row)[1])
     return kept
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #f49eb2da
+# %% ../../nbs/03e_sft.forgetting.ipynb #1db343f4
 class ForgettingError(ValueError):
     "A comparison that would mean nothing; the message says why and what to do."
 
@@ -57,7 +57,7 @@ def licence_texts(
     paragraphs = sorted({" ".join(p.split()) for text in texts for p in text.split("\n\n")})
     return [p for p in paragraphs if p[:1].isupper() and least <= len(p) <= most and p.endswith(".")]
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #d629b172
+# %% ../../nbs/03e_sft.forgetting.ipynb #0fdf6a08
 @dataclass
 class General:
     "Text that has nothing to do with the task."
@@ -82,7 +82,7 @@ def split_general(
     old = next(iter(parts.values()))[held:]
     return General(old, [t for p in parts.values() for t in p[held:]], {k: p[:held] for k, p in parts.items()})
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #e32a16e6
+# %% ../../nbs/03e_sft.forgetting.ipynb #0581c9ef
 def text_nll(
     model,  # a causal LM
     tokenizer,
@@ -97,7 +97,7 @@ def text_nll(
         nats[batch] = batch_nll(model, [(rows[i], [1] * len(rows[i])) for i in batch], tokenizer.pad_token_id)
     return nats, np.array([len(r) - 1 for r in rows])
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #e9a447ff
+# %% ../../nbs/03e_sft.forgetting.ipynb #6c109928
 def measure(
     model,
     tokenizer,
@@ -123,7 +123,7 @@ def loss_change(
     return dict(before=float(nats.sum() / tokens.sum()), after=float(after.sum() / tokens.sum()),
                 rise=-fall, low=-high, high=-low)
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #aed74cc5
+# %% ../../nbs/03e_sft.forgetting.ipynb #1af6134a
 @dataclass(frozen=True)
 class Variant:
     "One way to train."
@@ -147,7 +147,7 @@ def variants(
             Variant("full, rate / 3", True, full_rate / 3),
             lora(""), lora(", KL 0.2", loss=dict(kl_beta=0.2)), lora(", replay 10 %", train=replay)]
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #8fe2a33c
+# %% ../../nbs/03e_sft.forgetting.ipynb #9a2acc59
 def changed(settings: Settings, **sections: dict) -> Settings:
     "A copy of `settings` with other values, section=dict(key=value)."
     return replace(settings, values={s: v | sections.get(s, {}) for s, v in settings.values.items()})
@@ -166,7 +166,7 @@ def variant_settings(
     if variant.full: own = changed(own, model=dict(dtype="float32"))
     return changed(own, **{s: own[s] | values for s, values in variant.changes.items()})
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #c2b61c67
+# %% ../../nbs/03e_sft.forgetting.ipynb #5cb31c57
 def with_knowledge(
     settings: Settings,
     texts: list[str],
@@ -181,7 +181,7 @@ def with_knowledge(
     train_sft(changed(own, sft=dict(max_steps=steps, assistant_only_loss=False)), rows, rows[:8], folder, resume=False)
     return changed(settings, model=dict(name=str(folder / "model")))
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #8ca92af6
+# %% ../../nbs/03e_sft.forgetting.ipynb #a27ed258
 def run_variant(
     settings: Settings,  # sft.max_steps is the number of steps
     variant: Variant,
@@ -209,7 +209,7 @@ def run_variant(
                grad_norm=[round(float(f(norms)), 2) for f in (min, statistics.median, max)])
     return row | dict(losses={kind: loss_change(*before[kind], after[kind][0]) for kind in before})
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #12a2d8e5
+# %% ../../nbs/03e_sft.forgetting.ipynb #21e91065
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 
 def over_seeds(
@@ -231,7 +231,7 @@ def _mean_row(rows: list[dict]) -> dict:
     return rows[0] | dict(seed=[r["seed"] for r in rows], losses=losses, grad_norm=norms,
                           cpu_seconds=statistics.mean(r["cpu_seconds"] for r in rows))
 
-# %% ../../nbs/03e_sft.forgetting.ipynb #2c5fd6f0
+# %% ../../nbs/03e_sft.forgetting.ipynb #9962ff47
 def plot_pareto(
     rows: list[dict],  # of `over_seeds`
 ) -> Figure:

@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teach", type=int, default=600, help="steps in which a toy learns general text first")
     parser.add_argument("--held", type=int, default=48, help="held-out records of the task")
     parser.add_argument("--passages", type=int, default=24, help="held-out passages of each kind")
-    parser.add_argument("--ewc", type=float, nargs="+", default=[1e2, 1e3, 1e4], help="values of loss.ewc_lambda")
+    parser.add_argument("--ewc", type=float, nargs="+", default=[1e1, 1e2], help="values of loss.ewc_lambda")
     parser.add_argument("--l2", type=float, default=0.1, help="loss.l2_start")
     parser.add_argument("--full-rate", type=float, default=0.3, help="of full fine-tuning, as a part of LoRA's rate")
     parser.add_argument("--lora-rates", type=float, nargs="*", default=[], help="more LoRA runs, times its rate")
