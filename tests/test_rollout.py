@@ -76,7 +76,10 @@ def test_positions_matter(monkeypatch):
     "The test above can fail: with positions that count padding, rows move."
     tokenizer, model = loaded("tiny-llama")
     rollout = sample(model, tokenizer, PROMPTS, exact, seed=1)
-    shifted = lambda mask: torch.arange(mask.shape[1]).expand(mask.shape) * 3
+
+    def shifted(mask):
+        return torch.arange(mask.shape[1]).expand(mask.shape) * 3
+
     monkeypatch.setattr(R, "positions_of", shifted)
     with torch.no_grad():
         got, _ = R.token_logprobs(model, rollout)
@@ -220,7 +223,7 @@ def test_no_dropout_keeps_gradient_checkpointing_and_gradients():
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
             layer = R.base_of(policy).model.layers[0]
             original = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = lambda *a, **k: calls.append(1) or original(*a, **k)
+            layer._gradient_checkpointing_func = lambda *a, f=original, **k: calls.append(1) or f(*a, **k)
         policy.zero_grad()
         with R.no_dropout(policy, recompute=recompute):
             R.token_logprobs(policy, rollout, size=4)[0].sum().backward()
@@ -316,7 +319,8 @@ def test_greedy_equals_generate(name):
     )
     ids, mask = rollout.prompt_ids_BP, rollout.prompt_mask_BP.long()
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
-    assert torch.equal(out[rollout.completion_mask_BC[:, : out.shape[1]]], rollout.completion_ids_BC[rollout.completion_mask_BC])
+    mask_BC = rollout.completion_mask_BC
+    assert torch.equal(out[mask_BC[:, : out.shape[1]]], rollout.completion_ids_BC[mask_BC])
 
 
 # ---------------------------------------------------------------- what is refused
@@ -353,7 +357,9 @@ def test_a_prompt_that_just_fits_is_taken():
     tokenizer, model = loaded("tiny-llama")
     text = tokenizer.decode(R.prompt_ids(tokenizer, "a b c " * 300)[:40])
     room = len(R.prompt_ids(tokenizer, text))
-    assert R.encode_prompts(tokenizer, [text], room) and pytest.raises(RolloutError, R.encode_prompts, tokenizer, [text], room - 1)
+    assert R.encode_prompts(tokenizer, [text], room)
+    with pytest.raises(RolloutError, match=f"{room} tokens"):
+        R.encode_prompts(tokenizer, [text], room - 1)
 
 
 def test_padding_must_not_stop():
@@ -385,7 +391,7 @@ def test_scaled_logits_are_refused():
 
 
 def test_prompt_rows_keep_what_stands_beside():
-    record = dict(instruction="Translate", input="Hund", output="dog", history=[["Hi", "Hello"]], system="Be brief", id=3)
+    record = dict(instruction="Translate", input="Hund", output="dog", history=[["Hi", "Hello"]], system="Brief", id=3)
     pair = dict(prompt=PROMPTS[1], chosen=[dict(role="assistant", content="a")], rejected=[])
     rows = R.prompt_rows([record, pair, dict(prompt="Hi", intent="greet")])
     assert [m["role"] for m in rows[0]["prompt"]] == ["system", "user", "assistant", "user"]
@@ -461,7 +467,9 @@ def test_vllm_gets_the_policys_weights_and_the_base_stays_bit_for_bit(fake_serve
 def test_without_restoring_the_base_would_drift(name):
     policy = with_adapter(name).to(torch.bfloat16)
     before = {k: v.clone() for k, v in policy.state_dict().items()}
-    moved = lambda: [k for k, v in policy.state_dict().items() if not torch.equal(v, before[k])]
+
+    def moved():
+        return [k for k, v in policy.state_dict().items() if not torch.equal(v, before[k])]
 
     def send():
         policy.merge_adapter()
@@ -493,4 +501,63 @@ def test_an_engine_that_returns_nonsense_is_named():
     tokenizer, model = loaded("tiny-llama")
     for answer in (([], []), ([5, 6], [0.0])):
         with pytest.raises(RolloutError, match="row 1: the engine returned"):
-            sample(model, tokenizer, PROMPTS[:2], exact, engine=lambda p, s, stops: [([5], [-1.0]), answer])
+            sample(model, tokenizer, PROMPTS[:2], exact, engine=lambda p, s, stops, a=answer: [([5], [-1.0]), a])
+
+
+# ---------------------------------------------------------------- frozen lower layers, batches of the update
+
+
+def upper_only(name, below=1):
+    "A policy with adapters from layer `below` on."
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        r=4, target_modules=["o_proj"], layers_to_transform=[below], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    return get_peft_model(copy.deepcopy(loaded(name)[1]), lora)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_lower_states_give_the_same_values_gradients_and_reference(name):
+    policy, tokenizer = upper_only(name), loaded(name)[0]
+    rollout = sample(policy, tokenizer, PROMPTS * 2, exact, seed=1)
+    kept = R.keep_lower(policy, rollout, 1, R.replace(exact, batch_size=3))
+    assert (R.score(policy, kept, exact)[0] - rollout.logprobs_BC).abs().max() < 1e-5
+    with reference(policy):
+        assert (R.score(policy, kept, exact)[0] - R.score(policy, rollout, exact)[0]).abs().max() < 1e-5
+    grads = []
+    for r in (rollout, kept):
+        policy.zero_grad()
+        R.token_logprobs(policy, r.select([6, 1, 3]))[0].sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad]))
+    assert grads[0].abs().sum() > 0 and torch.allclose(*grads, atol=1e-4)
+    layers = R.base_of(policy).model.layers
+    assert len(layers) == 2 and type(R.base_of(policy).model.norm).__name__ != "Identity"
+    with torch.no_grad():  # the lower layer really isn't computed again
+        for p in layers[0].parameters():
+            p.zero_()
+    assert (R.score(policy, kept, exact)[0] - rollout.logprobs_BC).abs().max() < 1e-5
+
+
+def test_lower_states_are_refused_where_they_would_be_wrong():
+    tokenizer, model = loaded("tiny-llama")
+    policy = upper_only("tiny-llama")
+    rollout = sample(policy, tokenizer, PROMPTS, exact, seed=1)
+    for below in (0, 2):
+        with pytest.raises(RolloutError, match=f"below = {below} of 2 layers"):
+            R.keep_lower(policy, rollout, below, exact)
+    with pytest.raises(RolloutError, match="trained below: layers.0"):
+        R.keep_lower(with_adapter("tiny-llama"), rollout, 1, exact)
+    with pytest.raises(RolloutError, match="trained below: embed_tokens"):
+        R.keep_lower(model, rollout, 1, exact)
+
+
+def test_scored_in_the_updates_batches_the_ratio_is_exactly_one_in_bf16():
+    policy, tokenizer = with_adapter("tiny-llama"), loaded("tiny-llama")[0]
+    low = R.replace(exact, autocast="bfloat16")
+    rollout = sample(policy, tokenizer, PROMPTS * 2, low, seed=1)
+    batches = [[5, 1, 2], [0, 3], [7, 4, 6]]
+    rollout = R.replace(rollout, logprobs_BC=R.score(policy, rollout, low, batches)[0])
+    for rows in batches:
+        part = rollout.select(rows)
+        with R.no_dropout(policy, recompute=True), R.arithmetic(policy, low.autocast):
+            assert torch.equal(R.token_logprobs(policy, part)[0], part.logprobs_BC)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Engine', 'RolloutError', 'RolloutConfig', 'prompt_rows', 'prompt_ids', 'encode_prompts', 'base_of', 'find_stops',
            'uniforms', 'draw', 'warped', 'positions_of', 'pad_rows', 'decode', 'Rollout', 'assemble', 'no_dropout',
-           'arithmetic', 'head_logprobs', 'completion_hidden', 'token_logprobs', 'score', 'TransformersEngine',
-           'base_restored', 'vllm_client', 'VLLMEngine', 'make_engine', 'sample']
+           'arithmetic', 'head_logprobs', 'run_layers', 'completion_hidden', 'token_logprobs', 'by_length', 'score',
+           'keep_lower', 'TransformersEngine', 'base_restored', 'VLLMEngine', 'make_engine', 'sample']
 
-# %% ../../nbs/05_ppo.rollout.ipynb #54ed375d
+# %% ../../nbs/05_ppo.rollout.ipynb #88479ad9
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-# %% ../../nbs/05_ppo.rollout.ipynb #40e05d37
+# %% ../../nbs/05_ppo.rollout.ipynb #ebec2585
 from ..data.formats import to_messages
 from ..models import precision, to_dtype
 
-# %% ../../nbs/05_ppo.rollout.ipynb #16447365
+# %% ../../nbs/05_ppo.rollout.ipynb #637f11ef
 class RolloutError(ValueError):
     "A rollout that would train on something else than it seems; the message says which row, why and what to do."
 
@@ -44,18 +44,17 @@ class RolloutConfig:
 
     def __post_init__(self):
         least = dict(max_new_tokens=1, batch_size=1, temperature=0, top_k=0)
-        wrong = [f"{k} = {getattr(self, k)!r}: write a number from {n} on" for k, n in least.items()
-                 if not getattr(self, k) >= n]
-        if not 0 < self.top_p <= 1: wrong.append(f"top_p = {self.top_p!r}: write a number above 0, at most 1")
+        wrong = [f"{k} = {getattr(self, k)!r}: from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
+        if not 0 < self.top_p <= 1: wrong.append(f"top_p = {self.top_p!r}: above 0, at most 1")
         if wrong: raise RolloutError("; ".join(wrong))
-        plain = dict(temperature=1, top_k=0, top_p=1)
-        found = ", ".join(f"{k} = {getattr(self, k)}" for k, v in plain.items() if getattr(self, k) != v)
+        plain = dict(temperature=1, top_k=0, top_p=1).items()
+        found = ", ".join(f"{k} = {getattr(self, k)}" for k, v in plain if getattr(self, k) != v)
         advice = ("tokens would be drawn from another distribution than the policy's: the ratio isn't 1 and the KL "
                   "can be negative. PPO wants temperature 1, top_k 0, top_p 1")
         if found and self.on_policy: raise RolloutError(f"{found}: {advice}; for other uses set on_policy=False.")
         if found: warnings.warn(f"{found}: {advice}. Don't train on these rows.", stacklevel=3)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #6eb8dd35
+# %% ../../nbs/05_ppo.rollout.ipynb #f0d8f56d
 def prompt_rows(
     records: list[dict],  # four-field records, preferences (prompt, chosen, rejected), or rows with a prompt
 ) -> list[dict]:  # each with `prompt` and its other fields; a record's answer is called `reference`
@@ -64,7 +63,7 @@ def prompt_rows(
     for number, r in enumerate(records):
         if "prompt" in r: rows.append(dict(r))
         elif "instruction" in r:
-            known = ("instruction", "input", "output", "history", "system")
+            known = "instruction input output history system".split()
             messages = to_messages({"input": "", "output": "", "history": []} | r)
             rows.append({"prompt": messages[:-1], "reference": messages[-1]["content"]}
                         | {k: v for k, v in r.items() if k not in known})
@@ -72,19 +71,19 @@ def prompt_rows(
                                  "record with instruction, input, output and history")
     return rows
 
-# %% ../../nbs/05_ppo.rollout.ipynb #33cc3740
+# %% ../../nbs/05_ppo.rollout.ipynb #575815c8
 def prompt_ids(
     tokenizer,
     prompt: str | list[dict],  # a text, or messages that end with the user's (or a tool's)
 ) -> list[int]:
     "The tokens of a prompt, with one beginning-of-text token at most."
-    if not isinstance(prompt, str):
-        if not prompt or prompt[-1].get("role") == "assistant":
-            raise RolloutError(f"{len(prompt)} messages that don't end with a question: leave the answer out")
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    return tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt.strip() else []
+    if isinstance(prompt, str):
+        begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        return tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt.strip() else []
+    if not prompt or prompt[-1].get("role") == "assistant":
+        raise RolloutError(f"{len(prompt)} messages that don't end with a question: leave the answer out")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 def encode_prompts(
     tokenizer,
@@ -102,12 +101,11 @@ def encode_prompts(
             elif room is not None and len(out[-1]) > room:
                 faults.append(f"prompt {number}: {len(out[-1])} tokens, and the model's window leaves room for {room} "
                               "before the completion; shorten it, or lower max_new_tokens")
-    more = f"\n… and {len(faults) - 5} more" if len(faults) > 5 else ""
-    if faults: raise RolloutError("\n".join(faults[:5]) + more)
+    if faults: raise RolloutError("\n".join(faults[:5] + [f"… and {len(faults) - 5} more"] * (len(faults) > 5)))
     if not out: raise RolloutError("no prompts: give at least one")
     return out
 
-# %% ../../nbs/05_ppo.rollout.ipynb #7cb14df9
+# %% ../../nbs/05_ppo.rollout.ipynb #c1ca294e
 def base_of(model):
     "The transformers model inside: adapters, where there are some, stay in its layers."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -117,24 +115,23 @@ def find_stops(model, tokenizer, config: RolloutConfig) -> list[int]:
     own = base_of(model).generation_config.eos_token_id
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     stops = {*own, *config.stop_ids, tokenizer.eos_token_id} - {None}
-    if tokenizer.pad_token_id is None:
-        raise RolloutError("the tokenizer has no padding token: load it with load_tokenizer, which gives it one")
-    if tokenizer.pad_token_id in stops:
-        raise RolloutError(f"the padding token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) also stops a "
-                           "completion, so an end can't be told from padding: load the tokenizer with load_tokenizer, "
-                           "or set another tokenizer.pad_token")
+    if tokenizer.pad_token_id is None: raise RolloutError("the tokenizer has no padding token: load it with "
+                                                          "load_tokenizer, which gives it one")
+    if tokenizer.pad_token_id in stops: raise RolloutError(
+        f"the padding token {tokenizer.pad_token!r} ({tokenizer.pad_token_id}) also stops a completion, so an end "
+        "can't be told from padding: load the tokenizer with load_tokenizer, or set another tokenizer.pad_token")
     if not stops: raise RolloutError("no token stops a completion: set tokenizer.eos_token or stop_ids")
     return sorted(stops)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #71a02d8d
+# %% ../../nbs/05_ppo.rollout.ipynb #995fca1c
 def uniforms(
     seed: int | tuple[int, ...],  # for instance (seed of the run, step, process)
     rows: list[int],  # numbers of the rows
     length: int,  # tokens
 ) -> torch.Tensor:  # u_BC, 64-bit, 0 <= u < 1
     "A stream of random numbers for each row, whatever stands beside it."
-    streams = (np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(row,))) for row in rows)
-    return torch.from_numpy(np.stack([s.random(length) for s in streams]))
+    streams = [np.random.SeedSequence(seed, spawn_key=(row,)) for row in rows]
+    return torch.from_numpy(np.stack([np.random.default_rng(s).random(length) for s in streams]))
 
 def draw(
     logits_BV: torch.Tensor,
@@ -142,10 +139,9 @@ def draw(
 ) -> torch.Tensor:  # ids_B
     "One token a row by the inverse of the cumulative distribution."
     sums_BV = logits_BV.to(u_B.dtype).softmax(-1).cumsum(-1)
-    ids_B = torch.searchsorted(sums_BV, u_B[:, None] * sums_BV[:, -1:], right=True)[:, 0]
-    return ids_B.clamp(max=logits_BV.shape[-1] - 1)
+    return torch.searchsorted(sums_BV, u_B[:, None] * sums_BV[:, -1:], right=True)[:, 0].clamp(max=len(sums_BV[0]) - 1)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #f0e15ca0
+# %% ../../nbs/05_ppo.rollout.ipynb #d3c60e07
 def warped(logits_BV: torch.Tensor, config: RolloutConfig) -> torch.Tensor:
     "The logits that are drawn from: those of the policy, unless the settings ask for others."
     if config.temperature not in (0, 1): logits_BV = TemperatureLogitsWarper(float(config.temperature))(None, logits_BV)
@@ -153,7 +149,7 @@ def warped(logits_BV: torch.Tensor, config: RolloutConfig) -> torch.Tensor:
     if config.top_p < 1: logits_BV = TopPLogitsWarper(config.top_p)(None, logits_BV)
     return logits_BV
 
-# %% ../../nbs/05_ppo.rollout.ipynb #9959783f
+# %% ../../nbs/05_ppo.rollout.ipynb #118d51b4
 def positions_of(mask_BT: torch.Tensor) -> torch.Tensor:  # (B, T)
     "0 for the first real token of each row, whatever padding stands before it."
     return (mask_BT.long().cumsum(1) - 1).clamp(min=0)
@@ -170,7 +166,7 @@ def pad_rows(
     return (torch.tensor([fill(list(r), value) for r in rows], dtype=dtype),
             torch.tensor([fill([True] * len(r), False) for r in rows]))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #7cd8ef53
+# %% ../../nbs/05_ppo.rollout.ipynb #14b87865
 @torch.no_grad()
 def decode(
     model,
@@ -181,9 +177,8 @@ def decode(
     config: RolloutConfig,
 ) -> list[tuple[list[int], list[float]]]:  # of each row: tokens up to the stop, log-probabilities when drawn
     "Draw completions with a KV cache; a row leaves the batch when it stops."
-    model, out = base_of(model), [([], []) for _ in prompt_ids_BP]
-    live, stop_S = torch.arange(len(out), device=u_BC.device), prompt_ids_BP.new_tensor(stops)
-    cache = DynamicCache(config=model.config)
+    model, out, stop_S = base_of(model), [([], []) for _ in prompt_ids_BP], prompt_ids_BP.new_tensor(stops)
+    live, cache = torch.arange(len(out), device=u_BC.device), DynamicCache(config=model.config)
     ids, mask, positions = prompt_ids_BP, prompt_mask_BP.long(), positions_of(prompt_mask_BP)
     for t in range(u_BC.shape[1]):
         logits_BV = warped(model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
@@ -200,7 +195,7 @@ def decode(
         ids, mask, positions = ids_B[:, None], pad(mask, (0, 1), value=1), positions[:, -1:] + 1
     return out
 
-# %% ../../nbs/05_ppo.rollout.ipynb #dc94d15f
+# %% ../../nbs/05_ppo.rollout.ipynb #7f928f41
 @dataclass
 class Rollout:
     "Prompts and completions of a batch; `logprobs_BC` is what PPO calls the old log-probabilities."
@@ -212,6 +207,8 @@ class Rollout:
     drawn_logprobs_BC: torch.Tensor  # as the engine reported them; for diagnosis
     texts: list[str]  # completions, special tokens left out
     logprobs_BC: torch.Tensor | None = None  # of the policy at temperature 1, computed as in training; 0 on padding
+    lower_BTD: torch.Tensor | None = None  # hidden states behind the lower `below` layers, from `keep_lower`
+    below: int = 0
 
     @property
     def lengths_B(self) -> torch.Tensor:
@@ -223,12 +220,14 @@ class Rollout:
     def select(self, rows: list[int]) -> "Rollout":  # a minibatch
         "Some of the rows, without the columns that are padding in all of them."
         P, C = (int(m[rows].sum(1).max()) for m in (self.prompt_mask_BP, self.completion_mask_BC))
-        cut = {"P": lambda x: x[rows][:, -P:], "C": lambda x: x[rows][:, :C], "B": lambda x: x[rows]}
+        start = self.prompt_ids_BP.shape[1] - P
+        cut = dict(BP=lambda x: x[rows][:, -P:], BC=lambda x: x[rows][:, :C], B=lambda x: x[rows],
+                   BTD=lambda x: x[rows][:, start:start + P + C])
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{k: [v[i] for i in rows] if k == "texts" else v if v is None else cut[k[-1]](v)
-                          for k, v in values.items()})
+        tensors = {k: cut[k.rsplit("_", 1)[-1]](v) for k, v in values.items() if torch.is_tensor(v)}
+        return Rollout(**values | tensors | dict(texts=[self.texts[i] for i in rows]))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #12433914
+# %% ../../nbs/05_ppo.rollout.ipynb #26cd3866
 def assemble(
     prompts: list[list[int]],
     completions: list[tuple[list[int], list[float]]],  # tokens and their log-probabilities
@@ -239,8 +238,8 @@ def assemble(
     "Pad, mask, decode; what an engine wrote after the first stop token is cut off."
     cut = []
     for number, (ids, logps) in enumerate(completions):
-        if not ids or len(ids) != len(logps):
-            raise RolloutError(f"row {number}: the engine returned {len(ids)} tokens, {len(logps)} log-probabilities")
+        if not ids or len(ids) != len(logps): raise RolloutError(
+            f"row {number}: the engine returned {len(ids)} tokens and {len(logps)} log-probabilities")
         end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
         cut.append((list(ids[:end]), list(logps[:end])))
     prompt_ids_BP, prompt_mask_BP = pad_rows(prompts, tokenizer.pad_token_id, "left")
@@ -250,7 +249,7 @@ def assemble(
     tensors = (x.to(device) for x in (prompt_ids_BP, prompt_mask_BP, ids_BC, mask_BC, ended_B, logps_BC))
     return Rollout(*tensors, tokenizer.batch_decode([c[0] for c in cut], skip_special_tokens=True))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #f9287fdc
+# %% ../../nbs/05_ppo.rollout.ipynb #8acaba6b
 @contextmanager
 def no_dropout(
     model,
@@ -259,8 +258,7 @@ def no_dropout(
     "Evaluation mode inside, each module as it was afterwards."
     modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
-        for m in model.modules(): m.training = recompute and getattr(m, "gradient_checkpointing", False) is True
+        for m, _ in modes: m.training = recompute and getattr(m, "gradient_checkpointing", False) is True
         yield model
     finally:
         for m, mode in modes: m.training = mode
@@ -276,7 +274,7 @@ def arithmetic(
     lower = weights == torch.float32 and chosen in (torch.bfloat16, torch.float16)
     with torch.autocast(device, dtype=chosen if lower else torch.bfloat16, enabled=lower): yield
 
-# %% ../../nbs/05_ppo.rollout.ipynb #956b8550
+# %% ../../nbs/05_ppo.rollout.ipynb #82483c88
 def head_logprobs(
     hidden_ND: torch.Tensor,
     targets_N: torch.Tensor,
@@ -285,14 +283,35 @@ def head_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N,) log-probability of the target, (N,) entropy over all words; nats
     "Log-softmax in 32 bits, in chunks."
     def chunk(hidden_ND, targets_N):
-        logp_NV = head(hidden_ND.to(head.weight.dtype)).float().log_softmax(-1)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            logp_NV = head(hidden_ND.to(head.weight.dtype)).float().log_softmax(-1)
         return torch.stack([logp_NV.gather(1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)])
     run = chunk
     if torch.is_grad_enabled(): run = lambda *xs: checkpoint(chunk, *xs, use_reentrant=False, preserve_rng_state=False)
     parts = [run(h, y) for h, y in zip(hidden_ND.split(size), targets_N.split(size))]
     return tuple(torch.cat(parts, 1))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #c42e2c3d
+# %% ../../nbs/05_ppo.rollout.ipynb #60adac78
+def run_layers(
+    model,
+    rollout: Rollout,
+    first: int = 0,  # layers below this one are left out: their states come from the rollout
+    last: int | None = None,  # stop in front of this layer; None: to the end, final norm included
+) -> torch.Tensor:  # hidden_BTD
+    "A pass through the backbone, or through a part of its layers."
+    ids_BT = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BC], 1)
+    mask_BT = torch.cat([rollout.prompt_mask_BP, rollout.completion_mask_BC], 1)
+    inputs = dict(inputs_embeds=rollout.lower_BTD) if first else dict(input_ids=ids_BT)
+    inputs |= dict(attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT), use_cache=False)
+    backbone = base_of(model).base_model
+    if not first and not last: return backbone(**inputs)[0]
+    layers, norm = backbone.layers, backbone.norm
+    try:
+        backbone.layers, backbone.norm = layers[first:last], torch.nn.Identity() if last else norm
+        return backbone(**inputs)[0]
+    finally: backbone.layers, backbone.norm = layers, norm
+
+# %% ../../nbs/05_ppo.rollout.ipynb #abe66341
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 def completion_hidden(
@@ -304,12 +323,9 @@ def completion_hidden(
     scaled = [k for k in _SCALES if getattr(base.config.get_text_config(), k, None) not in (None, 1, 1.0)]
     if scaled: raise RolloutError(f"{type(base).__name__} changes its logits by {', '.join(scaled)}, which log-"
                                   "probabilities from hidden states don't know. Use a Llama, Qwen or DeepSeek model.")
-    ids_BT = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BC], 1)
-    mask_BT = torch.cat([rollout.prompt_mask_BP, rollout.completion_mask_BC], 1)
-    hidden_BTD = base.base_model(input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT),
-                                 use_cache=False)[0]
-    return hidden_BTD[:, rollout.prompt_ids_BP.shape[1] - 1:-1]
+    return run_layers(model, rollout, rollout.below)[:, rollout.prompt_ids_BP.shape[1] - 1:-1]
 
+# %% ../../nbs/05_ppo.rollout.ipynb #b17a3e96
 def token_logprobs(
     model,
     rollout: Rollout,  # or a minibatch of one
@@ -323,25 +339,55 @@ def token_logprobs(
                         base_of(model).get_output_embeddings(), size)
     return tuple(x.new_zeros(mask_BC.shape).masked_scatter(mask_BC, x) for x in out)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #e43174e4
+# %% ../../nbs/05_ppo.rollout.ipynb #5a5ce5c7
+def by_length(lengths: list[int] | torch.Tensor, size: int) -> list[list[int]]:
+    "Row numbers in batches, longest rows first."
+    order = sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
 @torch.no_grad()
 def score(
     model,
     rollout: Rollout,
     config: RolloutConfig,
+    batches: list[list[int]] | None = None,  # rows that are computed together; None: of similar length
 ) -> tuple[torch.Tensor, torch.Tensor]:  # logprobs_BC, entropy_BC
     "`token_logprobs` of all rows without gradients, in batches; for old and reference log-probabilities."
     out = [torch.zeros_like(rollout.drawn_logprobs_BC) for _ in range(2)]
-    lengths = (rollout.prompt_mask_BP.sum(1) + rollout.lengths_B).tolist()
-    order = sorted(range(len(rollout)), key=lambda i: -lengths[i])
     with no_dropout(model), arithmetic(model, config.autocast):
-        for start in range(0, len(order), config.batch_size):
-            rows = order[start:start + config.batch_size]
+        for rows in batches or by_length(rollout.prompt_mask_BP.sum(1) + rollout.lengths_B, config.batch_size):
             part = rollout.select(rows)
             for x, y in zip(out, token_logprobs(model, part)): x[rows, :part.completion_ids_BC.shape[1]] = y
     return tuple(out)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #4c835860
+# %% ../../nbs/05_ppo.rollout.ipynb #82a39a0f
+@torch.no_grad()
+def keep_lower(
+    model,
+    rollout: Rollout,
+    below: int,  # number of frozen layers, from 1 on
+    config: RolloutConfig,
+) -> Rollout:  # the same, with the states behind those layers
+    "Hidden states of the frozen lower layers, for every later pass."
+    backbone, P = base_of(model).base_model, rollout.prompt_ids_BP.shape[1]
+    trained = [n for n, p in backbone.named_parameters() if p.requires_grad and not n.startswith("norm.")
+               and not (n.startswith("layers.") and int(n.split(".")[1]) >= below)]
+    mixed = len(set(getattr(backbone.config, "layer_types", None) or "x")) > 1
+    if trained or mixed or not 0 < below < len(backbone.layers):
+        raise RolloutError(f"below = {below} of {len(backbone.layers)} layers{' of several kinds' * mixed}; trained "
+                           f"below: {', '.join(trained[:2]) or 'nothing'}. Put adapters on layers from {below} on only "
+                           "(LoraConfig.layers_to_transform), in a model whose layers are all of one kind.")
+    lower_BTD = None
+    with no_dropout(model), arithmetic(model, config.autocast):
+        for rows in by_length(rollout.prompt_mask_BP.sum(1) + rollout.lengths_B, config.batch_size):
+            part = rollout.select(rows)
+            states, start = run_layers(model, part, last=below), P - part.prompt_ids_BP.shape[1]
+            if lower_BTD is None: lower_BTD = states.new_zeros(len(rollout), P + rollout.completion_ids_BC.shape[1],
+                                                               states.shape[2])
+            lower_BTD[rows, start:start + states.shape[1]] = states
+    return replace(rollout, lower_BTD=lower_BTD, below=below)
+
+# %% ../../nbs/05_ppo.rollout.ipynb #d13ea634
 Engine = Callable[[list[list[int]], int | tuple, list[int]], list[tuple[list[int], list[float]]]]
 
 class TransformersEngine:
@@ -350,17 +396,16 @@ class TransformersEngine:
         self.model, self.tokenizer, self.config = model, tokenizer, config
 
     def __call__(self, prompts: list[list[int]], seed, stops: list[int]):
-        order, out, device = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), {}, self.model.device
+        out, device = {}, self.model.device
         wide = torch.float32 if device.type == "mps" else torch.float64
         with no_dropout(self.model), arithmetic(self.model, self.config.autocast):
-            for start in range(0, len(order), self.config.batch_size):
-                rows = order[start:start + self.config.batch_size]
+            for rows in by_length([len(p) for p in prompts], self.config.batch_size):
                 ids_BP, mask_BP = pad_rows([prompts[i] for i in rows], self.tokenizer.pad_token_id, "left")
                 u_BC = uniforms(seed, rows, self.config.max_new_tokens).to(device, wide)
                 out |= zip(rows, decode(self.model, ids_BP.to(device), mask_BP.to(device), u_BC, stops, self.config))
         return [out[i] for i in range(len(prompts))]
 
-# %% ../../nbs/05_ppo.rollout.ipynb #8c644264
+# %% ../../nbs/05_ppo.rollout.ipynb #912f6847
 @contextmanager
 def base_restored(model):
     "Put the weights under an adapter back as they were, bit for bit."
@@ -372,25 +417,19 @@ def base_restored(model):
             setattr(m, name, p)
             p.data = data.to(p.device)
 
-def vllm_client():
-    "TRL's client for vLLM, or what is missing."
-    from trl.generation import vllm_generation
-    if not vllm_generation.is_vllm_available():
-        raise RolloutError("this engine needs vLLM, on Linux with a GPU: pip install 'trl[vllm]', then engine=vllm-"
-                           "colocate, or `vllm serve` on another GPU and vllm-server. Without it: engine=transformers.")
-    return vllm_generation.VLLMGeneration
-
-# %% ../../nbs/05_ppo.rollout.ipynb #eb6814bf
+# %% ../../nbs/05_ppo.rollout.ipynb #63308b86
 class VLLMEngine:
     "Generation by vLLM; the policy's weights are sent before each rollout."
     def __init__(self, model, tokenizer, config: RolloutConfig, mode: str = "server", accelerator=None, **arguments):
-        client = vllm_client()
-        stops = find_stops(model, tokenizer, config)
-        self.model = model
-        self.client = client(model=model, accelerator=accelerator or Accelerator(), processing_class=tokenizer,
-                             mode=mode, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                             repetition_penalty=1.0, max_completion_length=config.max_new_tokens, logprobs=0,
-                             generation_kwargs=dict(stop_token_ids=stops), **arguments)
+        from trl.generation import vllm_generation as vllm
+        if not vllm.is_vllm_available(): raise RolloutError(
+            f"engine vllm-{mode} needs vLLM, on Linux with a GPU: pip install 'trl[vllm]', then vllm-colocate, or "
+            "`vllm serve` on another GPU and vllm-server. Without it: engine transformers.")
+        self.model, stops = model, find_stops(model, tokenizer, config)
+        self.client = vllm.VLLMGeneration(
+            model, accelerator or Accelerator(), tokenizer, mode=mode, temperature=config.temperature,
+            top_k=config.top_k, top_p=config.top_p, repetition_penalty=1.0, max_completion_length=config.max_new_tokens,
+            logprobs=0, generation_kwargs=dict(stop_token_ids=stops), **arguments)
 
     def __call__(self, prompts: list[list[int]], seed, stops: list[int]):
         with base_restored(self.model): self.client.sync_weights()
@@ -412,7 +451,7 @@ def make_engine(
     raise RolloutError(f"engine {name!r} with {', '.join(arguments) or 'no'} arguments: use transformers (it takes "
                        "none), vllm-server or vllm-colocate")
 
-# %% ../../nbs/05_ppo.rollout.ipynb #951b8e34
+# %% ../../nbs/05_ppo.rollout.ipynb #a033a8b9
 def sample(
     model,  # the policy
     tokenizer,
