@@ -6,16 +6,18 @@
 __all__ = ['ControlError', 'Stateful', 'FixedKL', 'AdaptiveKL', 'too_far', 'StepSize', 'Lagrangian', 'combine_advantages',
            'sampling_probs', 'replay_weights', 'behaviour_ratio', 'Replay']
 
-# %% ../../nbs/05d_ppo.control.ipynb #5d702378
+# %% ../../nbs/05d_ppo.control.ipynb #6e0cdf43
 import math
 from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
 
-# %% ../../nbs/05d_ppo.control.ipynb #452fc6ce
+# %% ../../nbs/05d_ppo.control.ipynb #6f6f5374
 class ControlError(ValueError):
     "A setting or a saved state that can't be meant; the message says which and what it may be."
+
+def _copied(value): return list(value) if isinstance(value, list) else value
 
 class Stateful:
     "Saves and restores the fields named in `moving`."
@@ -23,16 +25,16 @@ class Stateful:
 
     def state_dict(self) -> dict:
         "What changes during a run, as JSON-able values."
-        return {name: getattr(self, name) for name in self.moving}
+        return {name: _copied(getattr(self, name)) for name in self.moving}
 
     def load_state_dict(self, state: dict) -> None:
         "Go on where a run stopped; limits and rates stay those of this object."
         if set(state) != set(self.moving):
             raise ControlError(f"A saved state of {type(self).__name__} has {sorted(self.moving)}, this one has "
                                f"{sorted(state)}. It belongs to another kind of object, or to another version.")
-        for name, value in state.items(): setattr(self, name, value)
+        for name, value in state.items(): setattr(self, name, _copied(value))
 
-# %% ../../nbs/05d_ppo.control.ipynb #abb4778c
+# %% ../../nbs/05d_ppo.control.ipynb #2c194954
 @dataclass
 class FixedKL(Stateful):
     "A coefficient that stays where it is, unless somebody scales it."
@@ -55,10 +57,10 @@ class FixedKL(Stateful):
         "What the measured KL does to beta: nothing."
         return self.beta
 
-# %% ../../nbs/05d_ppo.control.ipynb #f5891920
+# %% ../../nbs/05d_ppo.control.ipynb #ff74353d
 @dataclass
 class AdaptiveKL(FixedKL):
-    "Raises beta when KL is above its target, lowers it when below (Ziegler et al. 2019, section 2.2)."
+    "Raises beta when KL is above its target, lowers it when below (Ziegler et al. 2019)."
     beta_min: float = 1e-4
     target: float = 6.0  # in the unit of the KL that it is given, > 0
     horizon: float = 10_000  # completions after which a full error would have changed beta by a fifth, > 0
@@ -79,7 +81,7 @@ class AdaptiveKL(FixedKL):
         error = min(max(kl / self.target - 1, -self.error_clip), self.error_clip)
         return self.scale(max(0.0, 1 + error * n / self.horizon))
 
-# %% ../../nbs/05d_ppo.control.ipynb #2b70a0f3
+# %% ../../nbs/05d_ppo.control.ipynb #2458acbe
 def too_far(
     approx_kl: float,  # of a minibatch, nats a token
     target: float | None,  # None: never
@@ -108,14 +110,14 @@ class StepSize(Stateful):
         elif approx_kl < self.target / 2: self.factor = min(self.factor * self.change, self.factor_max)
         return self.factor
 
-# %% ../../nbs/05d_ppo.control.ipynb #bbaa860c
+# %% ../../nbs/05d_ppo.control.ipynb #8f82d69d
 @dataclass
 class Lagrangian(Stateful):
     "The price of a cost that must stay under a limit on average."
     limit: float = 0.0  # d, in the unit of the cost
     init: float = 1.0  # lambda at the start
     lr: float = 0.1  # change of log(lambda) for a cost of 1 above the limit, > 0
-    damping: float = 0.0  # answer to the excess of the moment, >= 0
+    damping: float = 2.0  # answer to the excess of the moment, >= 0; 0: memory only
     delay: int = 0  # updates that only look, while the policy learns to answer at all
     lambda_min: float = 0.01  # > 0: from here the price can come back
     lambda_max: float = 10.0
@@ -135,7 +137,7 @@ class Lagrangian(Stateful):
         "A log price within the bounds."
         return min(max(x, math.log(self.lambda_min)), math.log(self.lambda_max))
 
-# %% ../../nbs/05d_ppo.control.ipynb #66ced38e
+# %% ../../nbs/05d_ppo.control.ipynb #18bcbf00
 @patch(as_prop=True)
 def value(self: Lagrangian) -> float:
     "Lambda."
@@ -154,7 +156,7 @@ def update(
             self.log_lambda = self.clip(self.log_lambda + self.lr * self.excess)
     return self.value
 
-# %% ../../nbs/05d_ppo.control.ipynb #190f9df5
+# %% ../../nbs/05d_ppo.control.ipynb #bdd34173
 def combine_advantages(
     advantages_BT: torch.Tensor,  # of the reward
     cost_advantages_BT: torch.Tensor,  # of the cost: positive is bad
@@ -164,7 +166,7 @@ def combine_advantages(
     if lam < 0: raise ControlError(f"lambda = {lam}: a price below 0 would pay for violations.")
     return (advantages_BT - lam * cost_advantages_BT) / (1 + lam)
 
-# %% ../../nbs/05d_ppo.control.ipynb #5b948bfb
+# %% ../../nbs/05d_ppo.control.ipynb #b375f624
 def sampling_probs(
     priorities_N: torch.Tensor,  # >= 0
     alpha: float = 0.6,  # 0: uniform; 1: in proportion
@@ -185,7 +187,7 @@ def replay_weights(
     log_w_N = -b * (len(probs_N) * probs_N).log()
     return (log_w_N - log_w_N.max()).exp()
 
-# %% ../../nbs/05d_ppo.control.ipynb #178fde11
+# %% ../../nbs/05d_ppo.control.ipynb #35b8293e
 @torch.no_grad()
 def behaviour_ratio(
     logp_BT: torch.Tensor,  # by today's policy, before this step's updates
@@ -200,7 +202,7 @@ def behaviour_ratio(
     if level == "sequence": log_ratio_BT = log_ratio_BT.sum(1, keepdim=True)
     return log_ratio_BT.clamp(max=math.inf if cap is None else math.log(cap)).exp()
 
-# %% ../../nbs/05d_ppo.control.ipynb #5adef016
+# %% ../../nbs/05d_ppo.control.ipynb #f608f497
 @dataclass
 class Replay(Stateful):
     "Old samples, drawn by priority, with the weights that undo the drawing."
@@ -225,7 +227,7 @@ class Replay(Stateful):
         for name in self.moving: setattr(self, name, [getattr(self, name)[i] for i in indices])
         return dropped
 
-# %% ../../nbs/05d_ppo.control.ipynb #04b30681
+# %% ../../nbs/05d_ppo.control.ipynb #fc52ef06
 @patch
 def add(
     self: Replay,
@@ -246,7 +248,7 @@ def expire(self: Replay, step: int) -> int:  # samples dropped
     "Drop what is older than `max_age`."
     return self.keep([i for i, born in enumerate(self.steps) if step - born <= self.max_age])
 
-# %% ../../nbs/05d_ppo.control.ipynb #b9c7cc35
+# %% ../../nbs/05d_ppo.control.ipynb #bee85e78
 @patch
 def sample(
     self: Replay,

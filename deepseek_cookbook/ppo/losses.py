@@ -6,10 +6,10 @@
 __all__ = ['PPOLossError', 'masked_mean', 'lengths', 'token_kl', 'shape_rewards', 'has_ended', 'penalize_unended', 'gae',
            'whiten', 'policy_loss', 'value_loss', 'explained_variance', 'entropy', 'ppo_loss']
 
-# %% ../../nbs/05a_ppo.losses.ipynb #c75f76d6
+# %% ../../nbs/05a_ppo.losses.ipynb #3f9a8ee4
 import torch
 
-# %% ../../nbs/05a_ppo.losses.ipynb #3c5cfa1e
+# %% ../../nbs/05a_ppo.losses.ipynb #b79be97e
 class PPOLossError(ValueError):
     "Tensors that do not fit together; the message says which row, and what was expected."
 
@@ -35,7 +35,7 @@ def lengths(mask_BT: torch.Tensor) -> torch.Tensor:  # (B,) tokens, >= 1
                            "tokens (true) and then padding. Leave the prompt out; drop empty completions.")
     return length_B
 
-# %% ../../nbs/05a_ppo.losses.ipynb #7df81042
+# %% ../../nbs/05a_ppo.losses.ipynb #5322ae3e
 def token_kl(
     logp_BT: torch.Tensor,  # by the policy that sampled the tokens
     ref_BT: torch.Tensor,  # by the reference
@@ -48,7 +48,7 @@ def token_kl(
     if kind == "k3": return (torch.expm1(-d_BT) + d_BT).clamp(min=0)  # the clamp is for rounding near d = 0
     raise PPOLossError(f"There is no KL estimator {kind!r}; choose k1, k2 or k3.")
 
-# %% ../../nbs/05a_ppo.losses.ipynb #04d67083
+# %% ../../nbs/05a_ppo.losses.ipynb #08374231
 def shape_rewards(
     score_B: torch.Tensor,  # reward of each completion
     kl_BT: torch.Tensor,  # from `token_kl`
@@ -62,7 +62,7 @@ def shape_rewards(
     rewards_BT = torch.where(mask_BT.bool(), -beta * kl_BT, 0.0)
     return rewards_BT.scatter_add(1, last_B[:, None], score_B[:, None].to(rewards_BT))
 
-# %% ../../nbs/05a_ppo.losses.ipynb #f8492acb
+# %% ../../nbs/05a_ppo.losses.ipynb #f8ac16cc
 def has_ended(
     ids_BT: torch.Tensor,  # tokens of the completions, without the prompt
     mask_BT: torch.Tensor,
@@ -80,7 +80,7 @@ def penalize_unended(
     "Subtract a penalty from the completions that did not end."
     return score_B - penalty * (~ended_B).to(score_B)
 
-# %% ../../nbs/05a_ppo.losses.ipynb #34c30ee5
+# %% ../../nbs/05a_ppo.losses.ipynb #ab509433
 @torch.no_grad()
 def gae(
     rewards_BT: torch.Tensor,  # from `shape_rewards`
@@ -102,7 +102,7 @@ def gae(
         advantages_BT[:, t] = torch.where(mask_BT[:, t], carry_B, 0.0)
     return advantages_BT, torch.where(mask_BT, advantages_BT + values_BT, 0.0)
 
-# %% ../../nbs/05a_ppo.losses.ipynb #8ed1a1d2
+# %% ../../nbs/05a_ppo.losses.ipynb #a41bf39e
 def whiten(
     x_BT: torch.Tensor,
     mask_BT: torch.Tensor,
@@ -116,7 +116,7 @@ def whiten(
     white_BT = (x_BT - mean) * torch.rsqrt(variance + eps)
     return torch.where(mask_BT, white_BT if shift_mean else white_BT + mean, 0.0)
 
-# %% ../../nbs/05a_ppo.losses.ipynb #e08db3f7
+# %% ../../nbs/05a_ppo.losses.ipynb #18a41bd0
 def policy_loss(
     logp_BT: torch.Tensor,  # by the policy now, with gradient
     old_BT: torch.Tensor,  # by the policy before this step's updates
@@ -139,7 +139,7 @@ def policy_loss(
         return loss, dict(clip_fraction=mean((cut_BT > plain_BT).to(ratio_BT)), approx_kl=mean(k3_BT),
                           ratio=mean(ratio_BT), ratio_max=top)
 
-# %% ../../nbs/05a_ppo.losses.ipynb #9bc06200
+# %% ../../nbs/05a_ppo.losses.ipynb #ded64c1c
 def value_loss(
     values_BT: torch.Tensor,  # of the value model now, with gradient
     old_values_BT: torch.Tensor,  # at sampling time
@@ -158,7 +158,7 @@ def value_loss(
     cut = masked_mean((worst_BT > plain_BT).to(plain_BT), mask_BT, num_items)
     return 0.5 * masked_mean(weights_BT * worst_BT, mask_BT, num_items), cut.detach()
 
-# %% ../../nbs/05a_ppo.losses.ipynb #99eec8e6
+# %% ../../nbs/05a_ppo.losses.ipynb #e8bb1463
 @torch.no_grad()
 def explained_variance(
     values_BT: torch.Tensor,
@@ -170,7 +170,7 @@ def explained_variance(
     spread = r_N.var(correction=0)
     return torch.where(spread > 0, 1 - (r_N - v_N).var(correction=0) / spread, float("nan"))
 
-# %% ../../nbs/05a_ppo.losses.ipynb #b5556163
+# %% ../../nbs/05a_ppo.losses.ipynb #bfcd8028
 def entropy(
     logits_BTV: torch.Tensor,  # of the distribution that is sampled: temperature applied
 ) -> torch.Tensor:  # (B, T) nats, from 0 to log V
