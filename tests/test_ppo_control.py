@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepseek_cookbook.ppo import control as C
 from deepseek_cookbook.ppo.control import AdaptiveKL, ControlError, FixedKL, Lagrangian, Replay, StepSize
@@ -65,13 +66,32 @@ def test_fixed_kl_stays_and_can_be_scaled():
     assert FixedKL(0.0).update(5.0) == 0
 
 
-@pytest.mark.parametrize("make", [
-    lambda: FixedKL(-0.1), lambda: FixedKL(20.0), lambda: FixedKL(NAN), lambda: AdaptiveKL(0.0),
-    lambda: AdaptiveKL(target=0), lambda: AdaptiveKL(horizon=0), lambda: AdaptiveKL(beta_min=0),
-    lambda: StepSize(target=0), lambda: StepSize(change=1), lambda: StepSize(factor=9),
-    lambda: Lagrangian(init=0), lambda: Lagrangian(init=11), lambda: Lagrangian(lr=0), lambda: Lagrangian(delay=-1),
-    lambda: Lagrangian(damping=-1), lambda: Lagrangian(lambda_min=0), lambda: Lagrangian(lambda_max=INF),
-    lambda: Replay(capacity=0), lambda: Replay(max_age=-1), lambda: Replay(alpha=2), lambda: Replay(b=-1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FixedKL(-0.1),
+        lambda: FixedKL(20.0),
+        lambda: FixedKL(NAN),
+        lambda: AdaptiveKL(0.0),
+        lambda: AdaptiveKL(target=0),
+        lambda: AdaptiveKL(horizon=0),
+        lambda: AdaptiveKL(beta_min=0),
+        lambda: StepSize(target=0),
+        lambda: StepSize(change=1),
+        lambda: StepSize(factor=9),
+        lambda: Lagrangian(init=0),
+        lambda: Lagrangian(init=11),
+        lambda: Lagrangian(lr=0),
+        lambda: Lagrangian(delay=-1),
+        lambda: Lagrangian(damping=-1),
+        lambda: Lagrangian(lambda_min=0),
+        lambda: Lagrangian(lambda_max=INF),
+        lambda: Replay(capacity=0),
+        lambda: Replay(max_age=-1),
+        lambda: Replay(alpha=2),
+        lambda: Replay(b=-1),
+    ],
+)
 def test_settings_that_cannot_be_meant_are_refused(make):
     with pytest.raises(ControlError):
         make()
@@ -87,8 +107,10 @@ def test_when_to_leave_the_batch():
 def test_step_size_is_the_rule_within_bounds(kls):
     step, factor = StepSize(target=0.1), 1.0
     for kl in kls:
-        if kl > 0.2: factor = max(factor / 1.5, 0.05)
-        elif kl < 0.05: factor = min(factor * 1.5, 2.0)
+        if kl > 0.2:
+            factor = max(factor / 1.5, 0.05)
+        elif kl < 0.05:
+            factor = min(factor * 1.5, 2.0)
         assert step.update(kl) == factor
     assert step.update(NAN) <= factor
 
@@ -132,7 +154,8 @@ def test_cost_above_raises_and_below_lowers(damping):
 
 def test_from_its_bound_the_price_comes_back_at_once():
     price = Lagrangian(limit=0.3, lr=0.2, damping=0)
-    for _ in range(10_000): price.update(0.0)
+    for _ in range(10_000):
+        price.update(0.0)
     low = price.value
     assert price.update(1.0) > low
 
@@ -167,7 +190,7 @@ def tempted(price, seed, steps=300):
         lam = price.update(c.mean().item()) if price else 0.0
         a = C.combine_advantages(r - r.mean(), c - c.mean(), lam)[:, None]
         logp = logits.log_softmax(0)[ids, None]
-        slope, = torch.autograd.grad(policy_loss(logp, logp.detach(), a, torch.ones_like(a))[0], logits)
+        (slope,) = torch.autograd.grad(policy_loss(logp, logp.detach(), a, torch.ones_like(a))[0], logits)
         logits.data -= 2.0 * slope
         costs.append(c.mean().item())
     return torch.tensor(costs[100:])
@@ -195,7 +218,8 @@ def test_probabilities_and_weights_are_the_loops(priorities, alpha, b):
     weights = C.replay_weights(got, b)
     assert weights.tolist() == pytest.approx([w / max(raw) for w in raw])
     assert weights.max() == 1 and (weights > 0).all()
-    if alpha == 0 or b == 0: assert weights.tolist() == pytest.approx([1] * len(probs))
+    if alpha == 0 or b == 0:
+        assert weights.tolist() == pytest.approx([1] * len(probs))
 
 
 @quick
@@ -234,7 +258,8 @@ def test_behaviour_ratio_is_the_loop(seed, cap):
         for t in range(5):
             ratio = math.exp(logp[b, t] - mu[b, t]) if mask[b, t] else 1.0
             product *= ratio
-            if mask[b, t]: assert single[b, t].item() == pytest.approx(min(ratio, cap or INF))
+            if mask[b, t]:
+                assert single[b, t].item() == pytest.approx(min(ratio, cap or INF))
         assert whole[b, 0].item() == pytest.approx(min(product, cap or INF))
     with pytest.raises(ControlError, match="sequence or token"):
         C.behaviour_ratio(logp, mu, mask, "word")
@@ -243,20 +268,29 @@ def test_behaviour_ratio_is_the_loop(seed, cap):
 def table_gradients(seed, priority=True, ratio=True, level="sequence"):
     "All sequences of two tokens from three words: expected gradient of a replayed batch, and the on-policy one."
     g = torch.Generator().manual_seed(seed)
-    def draw(*shape): return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
     table, old = draw(4, 3).requires_grad_(), draw(4, 3)
     ids = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     before = torch.stack([torch.full((9,), 3), ids[:, 0]], 1)
     a, mask = draw(9, 1), torch.ones(9, 2)
-    def logp(t): return t.log_softmax(1)[before, ids]
+
+    def logp(t):
+        return t.log_softmax(1)[before, ids]
+
     pi, mu = logp(table).detach().sum(1).exp(), logp(old).sum(1).exp()
     drawn = mu * (a[:, 0].abs() + 1e-3) ** 0.6  # buffer filled by mu, drawn by priority
     drawn = drawn / drawn.sum()
     weights = (mu / drawn)[:, None] if priority else torch.ones(9, 1)
-    if ratio: weights = weights * C.behaviour_ratio(logp(table), logp(old), mask, level, cap=None)
+    if ratio:
+        weights = weights * C.behaviour_ratio(logp(table), logp(old), mask, level, cap=None)
+
     def slope(prob, w):
         loss, _ = policy_loss(logp(table), logp(table).detach(), a, mask, weights_BT=prob[:, None] * w)
         return torch.autograd.grad(loss, table)[0]
+
     return slope(drawn, weights), slope(pi, 1.0)
 
 
@@ -322,13 +356,19 @@ def test_new_priorities_change_the_draw():
 def test_an_interrupted_run_equals_a_straight_one(seed, killed):
     g = torch.Generator().manual_seed(seed)
     series = (3 * torch.rand(20, generator=g)).tolist()
-    if 0 < killed < 20: series[killed] = NAN  # ignored: what stands is what was restored
-    makers = [(AdaptiveKL, dict(horizon=20)), (StepSize, dict(target=1.0)), (FixedKL, {}),
-              (Lagrangian, dict(limit=1.0, delay=3))]
+    if 0 < killed < 20:
+        series[killed] = NAN  # ignored: what stands is what was restored
+    makers = [
+        (AdaptiveKL, dict(horizon=20)),
+        (StepSize, dict(target=1.0)),
+        (FixedKL, {}),
+        (Lagrangian, dict(limit=1.0, delay=3)),
+    ]
     for make, kwargs in makers:
         straight, broken = make(**kwargs), make(**kwargs)
         for i, x in enumerate(series):
-            if i == killed: broken = revived(broken, **kwargs)
+            if i == killed:
+                broken = revived(broken, **kwargs)
             assert straight.update(x) == broken.update(x)
         assert straight.state_dict() == broken.state_dict()
 
@@ -349,7 +389,8 @@ def test_a_revived_buffer_draws_the_same_and_shares_nothing():
 def test_the_state_of_something_else_is_refused():
     states = {type(x).__name__: x.state_dict() for x in (FixedKL(), StepSize(), Lagrangian(), Replay())}
     for thing in (AdaptiveKL(), StepSize(), Lagrangian(), Replay()):
-        for name, state in states.items():
-            if set(state) == set(thing.moving): continue
+        for state in states.values():
+            if set(state) == set(thing.moving):
+                continue
             with pytest.raises(ControlError, match=type(thing).__name__):
                 thing.load_state_dict(state)

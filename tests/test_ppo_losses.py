@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepseek_cookbook.ppo import losses as L
 from deepseek_cookbook.ppo.losses import PPOLossError
@@ -190,7 +191,9 @@ def test_gae_is_the_double_loop(seed, gamma, lam, cut_off):
         n = int(mask[b].sum())
         expected = naive_gae(rewards[b, :n].tolist(), values[b, :n].tolist(), gamma, lam, after[b].item() * cut_off)
         assert a[b, :n].tolist() == pytest.approx(expected, abs=1e-9)
-        assert r[b, :n].tolist() == pytest.approx([x + v for x, v in zip(expected, values[b, :n].tolist())], abs=1e-9)
+        assert r[b, :n].tolist() == pytest.approx(
+            [x + v for x, v in zip(expected, values[b, :n].tolist(), strict=True)], abs=1e-9
+        )
         assert (a[b, n:] == 0).all() and (r[b, n:] == 0).all()
 
 
@@ -270,7 +273,8 @@ def test_policy_loss_is_the_loop(seed, eps):
     dirty = spoiled(logp, mask, INF), spoiled(old, mask, NAN), spoiled(a, mask, -INF)
     loss, metrics = L.policy_loss(*dirty, mask, eps)
     assert (loss.item(), metrics["clip_fraction"].item(), metrics["approx_kl"].item()) == pytest.approx(
-        naive_policy(logp, old, a, mask, eps), abs=1e-9)
+        naive_policy(logp, old, a, mask, eps), abs=1e-9
+    )
     assert metrics["ratio_max"].item() == pytest.approx((logp - old)[mask].max().exp().item())
     loss, _ = L.policy_loss(*dirty, mask, eps, weights_BT=weights[:, None])
     assert loss.item() == pytest.approx(naive_policy(logp, old, a, mask, eps, weights)[0], abs=1e-9)
@@ -289,8 +293,10 @@ def test_on_fresh_samples_the_ratio_is_one_and_the_gradient_that_of_reinforce(se
     assert torch.allclose(logp.grad, torch.where(mask, -a / mask.sum(), 0))
 
 
-@pytest.mark.parametrize("ratio,advantage,flat", [
-    (1.5, 1, True), (1.5, -1, False), (0.5, 1, False), (0.5, -1, True), (1.1, 1, False), (0.9, -1, False)])
+@pytest.mark.parametrize(
+    "ratio,advantage,flat",
+    [(1.5, 1, True), (1.5, -1, False), (0.5, 1, False), (0.5, -1, True), (1.1, 1, False), (0.9, -1, False)],
+)
 def test_where_the_clip_takes_the_gradient(ratio, advantage, flat):
     logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
     loss, metrics = L.policy_loss(logp, torch.zeros(1, 1), torch.tensor([[float(advantage)]]), torch.ones(1, 1))
@@ -305,12 +311,15 @@ def test_padding_has_no_gradient_and_changes_none(seed):
     logp, old, a, values, was, returns = (draw() for _ in range(6))
     clean, dirty = ([x.clone().requires_grad_() for x in (logp, values)] for _ in range(2))
     with torch.no_grad():
-        for x in dirty: x[~mask] = NAN
+        for x in dirty:
+            x[~mask] = NAN
+
     def total(p, v, spoil):
-        return (L.policy_loss(p, spoil(old), spoil(a), mask)[0] + L.value_loss(v, spoil(was), spoil(returns), mask)[0])
+        return L.policy_loss(p, spoil(old), spoil(a), mask)[0] + L.value_loss(v, spoil(was), spoil(returns), mask)[0]
+
     total(*clean, lambda x: x).backward()
     total(*dirty, lambda x: spoiled(x, mask, INF)).backward()
-    for x, y in zip(clean, dirty):
+    for x, y in zip(clean, dirty, strict=True):
         assert torch.equal(x.grad, y.grad) and (y.grad[~mask] == 0).all()
 
 
@@ -398,7 +407,7 @@ def test_a_step_down_the_loss_raises_entropy(seed):
     g = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(1, 1, 6, generator=g, dtype=torch.float64)).requires_grad_()
     before = L.entropy(logits).mean()
-    slope, = torch.autograd.grad(L.ppo_loss(0.0, 0.0, before, entropy_coef=1.0), logits)
+    (slope,) = torch.autograd.grad(L.ppo_loss(0.0, 0.0, before, entropy_coef=1.0), logits)
     assert L.entropy(logits - 0.01 * slope).mean() >= before
     assert L.ppo_loss(1.0, 2.0, 3.0, vf_coef=0.1, entropy_coef=0.01) == pytest.approx(1 + 0.2 - 0.03)
 
@@ -411,13 +420,16 @@ def test_a_bandit_is_learnt_with_these_functions():
     for _ in range(60):
         now = logits.detach().log_softmax(1)
         ids = torch.stack([torch.multinomial(now[t].exp(), 32, replacement=True, generator=g) for t in range(3)], 1)
-        def pick(table): return table[torch.arange(3), ids]
+
+        def pick(table, ids=ids):
+            return table[torch.arange(3), ids]
+
         score, mask = (ids == target).float().mean(1), torch.ones(32, 3)
         rewards = L.shape_rewards(score, L.token_kl(pick(now), pick(ref)), mask, 0.01)
         a, _ = L.gae(rewards, score.mean().expand(32, 3), mask, lam=1.0)
         for _ in range(2):
             loss, _ = L.policy_loss(pick(logits.log_softmax(1)), pick(now), L.whiten(a, mask), mask)
-            slope, = torch.autograd.grad(loss, logits)
+            (slope,) = torch.autograd.grad(loss, logits)
             logits.data -= 2.0 * slope
         scores.append(score.mean().item())
     assert statistics.mean(scores[:5]) < 0.5 and statistics.mean(scores[-5:]) > 0.9
