@@ -8,7 +8,7 @@ __all__ = ['Engine', 'RolloutError', 'RolloutConfig', 'prompt_rows', 'prompt_ids
            'arithmetic', 'head_logprobs', 'run_layers', 'completion_hidden', 'token_logprobs', 'by_length', 'score',
            'keep_lower', 'TransformersEngine', 'base_restored', 'VLLMEngine', 'make_engine', 'sample']
 
-# %% ../../nbs/05_ppo.rollout.ipynb #88479ad9
+# %% ../../nbs/05_ppo.rollout.ipynb #298bd4dd
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-# %% ../../nbs/05_ppo.rollout.ipynb #ebec2585
+# %% ../../nbs/05_ppo.rollout.ipynb #9cd9eb70
 from ..data.formats import to_messages
 from ..models import precision, to_dtype
 
-# %% ../../nbs/05_ppo.rollout.ipynb #637f11ef
+# %% ../../nbs/05_ppo.rollout.ipynb #c87cc589
 class RolloutError(ValueError):
     "A rollout that would train on something else than it seems; the message says which row, why and what to do."
 
@@ -54,7 +54,7 @@ class RolloutConfig:
         if found and self.on_policy: raise RolloutError(f"{found}: {advice}; for other uses set on_policy=False.")
         if found: warnings.warn(f"{found}: {advice}. Don't train on these rows.", stacklevel=3)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #f0d8f56d
+# %% ../../nbs/05_ppo.rollout.ipynb #0cb49905
 def prompt_rows(
     records: list[dict],  # four-field records, preferences (prompt, chosen, rejected), or rows with a prompt
 ) -> list[dict]:  # each with `prompt` and its other fields; a record's answer is called `reference`
@@ -71,7 +71,7 @@ def prompt_rows(
                                  "record with instruction, input, output and history")
     return rows
 
-# %% ../../nbs/05_ppo.rollout.ipynb #575815c8
+# %% ../../nbs/05_ppo.rollout.ipynb #abd50565
 def prompt_ids(
     tokenizer,
     prompt: str | list[dict],  # a text, or messages that end with the user's (or a tool's)
@@ -105,7 +105,7 @@ def encode_prompts(
     if not out: raise RolloutError("no prompts: give at least one")
     return out
 
-# %% ../../nbs/05_ppo.rollout.ipynb #c1ca294e
+# %% ../../nbs/05_ppo.rollout.ipynb #4c8b23a9
 def base_of(model):
     "The transformers model inside: adapters, where there are some, stay in its layers."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -123,7 +123,7 @@ def find_stops(model, tokenizer, config: RolloutConfig) -> list[int]:
     if not stops: raise RolloutError("no token stops a completion: set tokenizer.eos_token or stop_ids")
     return sorted(stops)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #995fca1c
+# %% ../../nbs/05_ppo.rollout.ipynb #26976ef6
 def uniforms(
     seed: int | tuple[int, ...],  # for instance (seed of the run, step, process)
     rows: list[int],  # numbers of the rows
@@ -141,7 +141,7 @@ def draw(
     sums_BV = logits_BV.to(u_B.dtype).softmax(-1).cumsum(-1)
     return torch.searchsorted(sums_BV, u_B[:, None] * sums_BV[:, -1:], right=True)[:, 0].clamp(max=len(sums_BV[0]) - 1)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #d3c60e07
+# %% ../../nbs/05_ppo.rollout.ipynb #2bae5e9a
 def warped(logits_BV: torch.Tensor, config: RolloutConfig) -> torch.Tensor:
     "The logits that are drawn from: those of the policy, unless the settings ask for others."
     if config.temperature not in (0, 1): logits_BV = TemperatureLogitsWarper(float(config.temperature))(None, logits_BV)
@@ -149,7 +149,7 @@ def warped(logits_BV: torch.Tensor, config: RolloutConfig) -> torch.Tensor:
     if config.top_p < 1: logits_BV = TopPLogitsWarper(config.top_p)(None, logits_BV)
     return logits_BV
 
-# %% ../../nbs/05_ppo.rollout.ipynb #118d51b4
+# %% ../../nbs/05_ppo.rollout.ipynb #03ad27be
 def positions_of(mask_BT: torch.Tensor) -> torch.Tensor:  # (B, T)
     "0 for the first real token of each row, whatever padding stands before it."
     return (mask_BT.long().cumsum(1) - 1).clamp(min=0)
@@ -166,7 +166,7 @@ def pad_rows(
     return (torch.tensor([fill(list(r), value) for r in rows], dtype=dtype),
             torch.tensor([fill([True] * len(r), False) for r in rows]))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #14b87865
+# %% ../../nbs/05_ppo.rollout.ipynb #b69f48c3
 @torch.no_grad()
 def decode(
     model,
@@ -195,7 +195,7 @@ def decode(
         ids, mask, positions = ids_B[:, None], pad(mask, (0, 1), value=1), positions[:, -1:] + 1
     return out
 
-# %% ../../nbs/05_ppo.rollout.ipynb #7f928f41
+# %% ../../nbs/05_ppo.rollout.ipynb #c6476014
 @dataclass
 class Rollout:
     "Prompts and completions of a batch; `logprobs_BC` is what PPO calls the old log-probabilities."
@@ -227,7 +227,7 @@ class Rollout:
         tensors = {k: cut[k.rsplit("_", 1)[-1]](v) for k, v in values.items() if torch.is_tensor(v)}
         return Rollout(**values | tensors | dict(texts=[self.texts[i] for i in rows]))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #26cd3866
+# %% ../../nbs/05_ppo.rollout.ipynb #d53d613e
 def assemble(
     prompts: list[list[int]],
     completions: list[tuple[list[int], list[float]]],  # tokens and their log-probabilities
@@ -249,7 +249,7 @@ def assemble(
     tensors = (x.to(device) for x in (prompt_ids_BP, prompt_mask_BP, ids_BC, mask_BC, ended_B, logps_BC))
     return Rollout(*tensors, tokenizer.batch_decode([c[0] for c in cut], skip_special_tokens=True))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #8acaba6b
+# %% ../../nbs/05_ppo.rollout.ipynb #2efa0d11
 @contextmanager
 def no_dropout(
     model,
@@ -274,7 +274,7 @@ def arithmetic(
     lower = weights == torch.float32 and chosen in (torch.bfloat16, torch.float16)
     with torch.autocast(device, dtype=chosen if lower else torch.bfloat16, enabled=lower): yield
 
-# %% ../../nbs/05_ppo.rollout.ipynb #82483c88
+# %% ../../nbs/05_ppo.rollout.ipynb #a046cf4c
 def head_logprobs(
     hidden_ND: torch.Tensor,
     targets_N: torch.Tensor,
@@ -291,7 +291,7 @@ def head_logprobs(
     parts = [run(h, y) for h, y in zip(hidden_ND.split(size), targets_N.split(size))]
     return tuple(torch.cat(parts, 1))
 
-# %% ../../nbs/05_ppo.rollout.ipynb #60adac78
+# %% ../../nbs/05_ppo.rollout.ipynb #fa4b737d
 def run_layers(
     model,
     rollout: Rollout,
@@ -311,7 +311,7 @@ def run_layers(
         return backbone(**inputs)[0]
     finally: backbone.layers, backbone.norm = layers, norm
 
-# %% ../../nbs/05_ppo.rollout.ipynb #abe66341
+# %% ../../nbs/05_ppo.rollout.ipynb #37110c2b
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 def completion_hidden(
@@ -325,7 +325,7 @@ def completion_hidden(
                                   "probabilities from hidden states don't know. Use a Llama, Qwen or DeepSeek model.")
     return run_layers(model, rollout, rollout.below)[:, rollout.prompt_ids_BP.shape[1] - 1:-1]
 
-# %% ../../nbs/05_ppo.rollout.ipynb #b17a3e96
+# %% ../../nbs/05_ppo.rollout.ipynb #09d1e2ad
 def token_logprobs(
     model,
     rollout: Rollout,  # or a minibatch of one
@@ -339,7 +339,7 @@ def token_logprobs(
                         base_of(model).get_output_embeddings(), size)
     return tuple(x.new_zeros(mask_BC.shape).masked_scatter(mask_BC, x) for x in out)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #5a5ce5c7
+# %% ../../nbs/05_ppo.rollout.ipynb #d6ad2808
 def by_length(lengths: list[int] | torch.Tensor, size: int) -> list[list[int]]:
     "Row numbers in batches, longest rows first."
     order = sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
@@ -360,7 +360,7 @@ def score(
             for x, y in zip(out, token_logprobs(model, part)): x[rows, :part.completion_ids_BC.shape[1]] = y
     return tuple(out)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #82a39a0f
+# %% ../../nbs/05_ppo.rollout.ipynb #9eabfc1b
 @torch.no_grad()
 def keep_lower(
     model,
@@ -387,7 +387,7 @@ def keep_lower(
             lower_BTD[rows, start:start + states.shape[1]] = states
     return replace(rollout, lower_BTD=lower_BTD, below=below)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #d13ea634
+# %% ../../nbs/05_ppo.rollout.ipynb #2fb7f3ef
 Engine = Callable[[list[list[int]], int | tuple, list[int]], list[tuple[list[int], list[float]]]]
 
 class TransformersEngine:
@@ -405,7 +405,7 @@ class TransformersEngine:
                 out |= zip(rows, decode(self.model, ids_BP.to(device), mask_BP.to(device), u_BC, stops, self.config))
         return [out[i] for i in range(len(prompts))]
 
-# %% ../../nbs/05_ppo.rollout.ipynb #912f6847
+# %% ../../nbs/05_ppo.rollout.ipynb #2ab06ac0
 @contextmanager
 def base_restored(model):
     "Put the weights under an adapter back as they were, bit for bit."
@@ -417,7 +417,7 @@ def base_restored(model):
             setattr(m, name, p)
             p.data = data.to(p.device)
 
-# %% ../../nbs/05_ppo.rollout.ipynb #63308b86
+# %% ../../nbs/05_ppo.rollout.ipynb #6bdd45d6
 class VLLMEngine:
     "Generation by vLLM; the policy's weights are sent before each rollout."
     def __init__(self, model, tokenizer, config: RolloutConfig, mode: str = "server", accelerator=None, **arguments):
@@ -451,7 +451,7 @@ def make_engine(
     raise RolloutError(f"engine {name!r} with {', '.join(arguments) or 'no'} arguments: use transformers (it takes "
                        "none), vllm-server or vllm-colocate")
 
-# %% ../../nbs/05_ppo.rollout.ipynb #a033a8b9
+# %% ../../nbs/05_ppo.rollout.ipynb #259cdb98
 def sample(
     model,  # the policy
     tokenizer,
