@@ -34,6 +34,8 @@ _PUBLIC = {
     "merge_adapter": "sft.adapters",
     "model_card": "sft.adapters",
     "push_adapter": "sft.adapters",
+    "run_variant": "sft.forgetting",
+    "pareto": "sft.forgetting",
     "make_scene": "sft.control",
     "score_table": "sft.control",
     "read_pairs": "reward.pairs",
@@ -53,6 +55,9 @@ _PUBLIC = {
     "load_reward": "reward.model",
     "gate": "reward.gate",
     "check_gate": "reward.gate",
+    "RolloutConfig": "ppo.rollout",
+    "Rollout": "ppo.rollout",
+    "sample": "ppo.rollout",
     "cook": "pipeline",
 }
 __all__ = list(_PUBLIC)

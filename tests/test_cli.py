@@ -71,7 +71,8 @@ def walked(tmp_path_factory):
 def test_a_run_is_merged_into_a_folder_that_loads(walked, tmp_path):
     from deepseek_cookbook.models import load_model
 
-    done = runner.invoke(app, ["merge", str(tmp_path / "m"), "-p", "tiny", "--dtype", "float32", f"run.folder={walked}"])
+    words = ["merge", str(tmp_path / "m"), "-p", "tiny", "--dtype", "float32", f"run.folder={walked}"]
+    done = runner.invoke(app, words)
     assert done.exit_code == 0, done.output
     assert load_model(tmp_path / "m").num_parameters() == load_model("tiny-llama").num_parameters()
     (tmp_path / "mine").mkdir()

@@ -1,4 +1,4 @@
-"""Scenes whose answers code can judge: nothing of the test is trained, references pass their checks, and the checks can say no."""
+"""Scenes whose answers code can judge: nothing of the test is trained, and the checks can say yes and no."""
 
 import json
 import re

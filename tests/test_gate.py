@@ -74,7 +74,8 @@ def test_language(text, code):
         ("pay 5", " ", "blank"), ("Pay  5", "pay 5", "unchanged"), ("pay 5", "pay 6", "digits"),
         ("he came", "he never came", "negation"), ("please come to the office", "请你来办公室一下", "language"),
         ("please come to the office", "come to the office, please", None),
-        ("详见https://a.b/c，谢谢", "请看https://a.b/c，谢谢", None), ("详见https://a.b/c，谢谢", "请看它，谢谢", "link"),
+        ("详见https://a.b/c，谢谢", "请看https://a.b/c，谢谢", None),
+        ("详见https://a.b/c，谢谢", "请看它，谢谢", "link"),
         ("run `ls` now", "now run `la`", "link"),
     ],
 )  # fmt: skip

@@ -5,7 +5,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from deepseek_cookbook.models import load_model, load_tokenizer
 from deepseek_cookbook.settings import load_settings
@@ -168,7 +170,8 @@ def parts(name="tiny-llama"):
 
 
 def chosen(*overrides):
-    quiet = ["sft.disable_tqdm=true", "sft.eval_strategy=no", "sft.save_strategy=no", "sft.load_best_model_at_end=false",
+    quiet = ["sft.disable_tqdm=true", "sft.eval_strategy=no", "sft.save_strategy=no",
+             "sft.load_best_model_at_end=false",
              "sft.bf16=false", "sft.max_grad_norm=0", "sft.optim=sgd", "sft.learning_rate=0.5", "sft.warmup_steps=0",
              "sft.lr_scheduler_type=constant", "sft.max_steps=1", "sft.logging_steps=1", "lora.lora_dropout=0",
              "sft.weight_decay=0"]

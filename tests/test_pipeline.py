@@ -9,7 +9,8 @@ from deepseek_cookbook.pipeline import PHASES, PipelineError, cook, is_finished,
 from deepseek_cookbook.settings import RunFolder, load_settings, write_jsonl
 
 FAST = ["sft.max_steps=4", "sft.eval_steps=2", "sft.save_steps=2", "sft.disable_tqdm=true", "evaluate.quiet=true",
-        "evaluate.samples=1", "data.limit=40", "reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
+        "evaluate.samples=1", "data.limit=40",
+        "reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
         "reward_model.heldout=20", "reward_model.validation=8"]
 
 

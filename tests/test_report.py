@@ -44,7 +44,8 @@ def all_records():
                     sft={"learning_rate": 1e-3, "output_dir": EVIL}, model={"name": EVIL}),
         "reward": made("reward", dict(
             pairs=dict(train=10, validation=2, heldout=4, ood=4), passed=False,
-            gate=[dict(name="held-out accuracy", value=0.5, n=4, low=0.15, high=0.85, limit="at least 0.75", passed=False),
+            gate=[dict(name="held-out accuracy", value=0.5, n=4, low=0.15, high=0.85, limit="at least 0.75",
+                       passed=False),
                   dict(name=f"accuracy: {EVIL}", value=None, n=0, low=None, high=None, limit="", passed=None)],
             calibration=dict(error=0.1, temperature=1.0, bins=[
                 dict(claimed=0.7, observed=0.6, low=0.4, high=0.8, n=4)]))),

@@ -6,7 +6,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from deepseek_cookbook.models import load_model, load_tokenizer

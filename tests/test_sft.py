@@ -17,7 +17,8 @@ from deepseek_cookbook.sft.checks import TrainError, memory_advice, to_dataset
 from deepseek_cookbook.sft.train import TrainConfig, last_checkpoint, save_adapter, sft_config, train_sft, with_replay
 
 COMMAND = str(Path(sys.executable).with_name("deepseek-cookbook"))
-QUIET = ["sft.disable_tqdm=true", "evaluate.quiet=true", "evaluate.samples=1", "reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
+QUIET = ["sft.disable_tqdm=true", "evaluate.quiet=true", "evaluate.samples=1",
+         "reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
          "reward_model.heldout=20", "reward_model.validation=8"]
 
 
