@@ -191,6 +191,9 @@ def trim_memory() -> bool:  # False where the C library is not glibc
     try: return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
     except (OSError, AttributeError): return False
 
+# %% ../nbs/00e_models.ipynb #cbb6e096
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 # %% ../nbs/00e_models.ipynb #36fce9c6
 def quantizer(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     "The bitsandbytes configuration for `nf4` or `int8`; products are computed in `dtype`."
