@@ -246,7 +246,7 @@ def test_out_of_memory_comes_with_the_planners_advice(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gib, says", [
-    (12, "per_device_train_batch_size="), (10**4, "By that it fits"), (1, "smaller model")])
+    (6, "per_device_train_batch_size="), (10**4, "By that it fits"), (1, "smaller model")])
 def test_advice_depends_on_what_is_there(gib, says):
     chosen = load_settings("laptop", ["sft.max_length=512", "sft.gradient_accumulation_steps=2"])
     assert says in memory_advice(chosen, gib)
