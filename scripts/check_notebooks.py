@@ -182,7 +182,10 @@ def check_output(nb: Notebook, i: int, output: dict) -> Iterator[Violation]:
         yield nb.broken(
             i, f"a stored error, {output.get('ename')}", "none", "use fastcore.test.expect_fail, or mend it"
         )
-    for mime, value in output.get("data", {}).items():
+    data = output.get("data", {})
+    if text_of(data.get("text/plain", "")).startswith("<Figure size") and "image/png" not in data:
+        yield nb.broken(i, "a figure that was not drawn", "a picture", "show Image(to_png(figure))")
+    for mime, value in data.items():
         value = text_of(value) if isinstance(value, (str, list)) else json.dumps(value)
         if "widget" in mime:
             yield nb.broken(i, f"a widget ({mime})", "none", "save with scripts/save_notebooks.py, which drops them")

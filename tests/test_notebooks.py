@@ -132,6 +132,7 @@ def test_a_good_notebook_passes(good, tmp_path):
         (4, "#| export\ndef f(): return 1", "f has no docstring"),
         (4, ("1/0", [nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])]), "a stored error, E"),
         (4, ("f()", display(image__png="A" * 150_001)), "a picture of 150,001 bytes (budget: 150,000)"),
+        (4, ("f()", display(text__plain="<Figure size 450x360 with 1 Axes>")), "a figure that was not drawn"),
         (4, ("f()", stream("x" * 300_000)), "outputs take"),
         (4, ("f()", display(**{"application__vnd.jupyter.widget-view+json": {}})), "a widget"),
         (4, ("f()", stream("saved to /ro" + "ot/x")), "shows a folder of this machine"),
