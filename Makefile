@@ -26,7 +26,7 @@ cook: $(READY)
 	@$(BIN)/deepseek-cookbook cook --profile $(PROFILE) $(SET)
 
 test: $(READY)
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 docs: $(READY)
 	@$(BIN)/python scripts/build_docs.py

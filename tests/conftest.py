@@ -34,6 +34,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "network: may connect to other machines")
 
 
+def pytest_collection_modifyitems(items):
+    "Two workers: the tests of a file share its fixtures and stay together, each notebook stands for itself."
+    for item in items:
+        if item.path.name != "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def no_network(request, monkeypatch):
     "Block the network for a test and for the processes that it starts, unless it is marked `network`."
