@@ -35,10 +35,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    "Two workers: the tests of a file share its fixtures and stay together, each notebook stands for itself."
+    "Two workers (`pytest -n 2 --dist loadgroup`): the tests of a file share its fixtures and stay together."
     for item in items:
-        if item.path.name != "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)
