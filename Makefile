@@ -19,7 +19,7 @@ BIN    := .venv/bin
 EXTRAS := quant,serve,data,augment,reward,safety,track,docs,dev
 READY  := .venv/.installed
 
-.PHONY: cook test docs lab save bench lint wheels lock clean
+.PHONY: cook test docs lab save bench bench-ppo lint wheels lock clean
 .DELETE_ON_ERROR:
 
 cook: $(READY)
@@ -43,6 +43,11 @@ bench: $(READY)
 	@$(BIN)/python scripts/bench/precision.py --steps 24
 	@$(BIN)/python scripts/bench/clean.py
 
+# Beside TRL 1.12.0, the last one with a PPO trainer, in an environment of its own: .venv-trl112.
+bench-ppo: $(READY)
+	@$(BIN)/python scripts/bench/ppo.py
+	@$(BIN)/python scripts/bench/ppo_baselines.py
+
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/python scripts/check_notebooks.py
@@ -54,7 +59,7 @@ lock: $(READY)
 	@$(BIN)/python scripts/install.py --lock
 
 clean:
-	rm -rf .venv _docs _site dist build
+	rm -rf .venv .venv-trl112 _docs _site dist build
 
 $(READY): pyproject.toml constraints.txt scripts/install.py
 	@$(PYTHON) scripts/install.py --extras $(EXTRAS)
