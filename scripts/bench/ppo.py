@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TRL = "trl==1.12.0"
 CONTENDERS = ("ours", "TRL", "ours, upper")
 ALL = (*CONTENDERS, "TRL, head", "TRL, full")
-PARTS = ("generation", "reference", "values", "reward", "training")
+PARTS = ("generation", "reward", "old", "reference", "values", "training")  # old: log-probabilities before the update
 
 
 def old_environment(folder: Path) -> Path:
@@ -65,22 +65,19 @@ class Clock:
     "Wall and CPU seconds by part; `mark` says where an update begins."
 
     def __init__(self):
-        self.parts, self.marks, self.tokens = defaultdict(lambda: [0.0, 0.0]), [], 0
+        self.parts, self.marks, self.tokens, self.end = defaultdict(lambda: [0.0, 0.0]), [], 0, None
 
     def now(self):
         return dict(wall=time.perf_counter(), cpu=time.process_time(), tokens=self.tokens,
                     parts={k: tuple(v) for k, v in self.parts.items()})
 
-    def mark(self):
-        self.marks.append(self.now())
-
-    def wrap(self, owner, name: str, part, begins: bool = False, tokens=None):
+    def wrap(self, owner, name: str, part=None, begins: bool = False, tokens=None):
         "Count the time in `owner.name` as `part` (a name, or a function of the arguments; None: not counted)."
         plain = getattr(owner, name)
 
         def timed(*args, **kwargs):
             if begins:
-                self.mark()
+                self.marks.append(self.now())
             label = part(*args, **kwargs) if callable(part) else part
             wall, cpu = time.perf_counter(), time.process_time()
             out = plain(*args, **kwargs)
@@ -88,21 +85,22 @@ class Clock:
                 self.parts[label][0] += time.perf_counter() - wall
                 self.parts[label][1] += time.process_time() - cpu
             self.tokens += tokens(out, *args) if tokens else 0
+            self.end = self.now()
             return out
 
         setattr(owner, name, timed)
 
     def result(self, batch: int, warm: int = 1) -> dict:
-        "What all updates but the first `warm` took; the last mark is the end."
-        if len(self.marks) < warm + 2:
-            raise SystemExit(f"{len(self.marks) - 1} updates, {warm} of them to warm up: nothing left to measure")
-        first, last = self.marks[warm], self.marks[-1]
+        "What all updates but the first `warm` took, up to the end of the last function with a clock on it."
+        if len(self.marks) <= warm:
+            raise SystemExit(f"{len(self.marks)} updates, {warm} of them to warm up: nothing left to measure")
+        first, last = self.marks[warm], self.end
         spent = lambda i, k: last["parts"][k][i] - first["parts"].get(k, (0.0, 0.0))[i]
         out = {t: dict(total=last[t] - first[t]) | {k: spent(i, k) for k in last["parts"]}
                for i, t in enumerate(("wall", "cpu"))}
         for times in out.values():
             times["training"] = times["total"] - sum(v for k, v in times.items() if k != "total")
-        updates = len(self.marks) - 1 - warm
+        updates = len(self.marks) - warm
         return out | dict(updates=updates, samples=updates * batch, tokens=last["tokens"] - first["tokens"])
 
 
@@ -163,7 +161,7 @@ def trl_value(plan: dict, kind: str, pad: int):
     from deepseek_cookbook.models import locate
 
     value = AutoModelForSequenceClassification.from_pretrained(
-        **locate(plan["model"]), num_labels=1, dtype=torch.float32, pad_token_id=pad)
+        **locate(plan["model"]), num_labels=1, dtype=getattr(torch, plan["dtype"]), pad_token_id=pad)
     if kind == "TRL":
         value = inject_adapter_in_model(LoraConfig(**plan["lora"] | dict(task_type=None)), value)
     elif kind == "TRL, head":
@@ -185,7 +183,7 @@ def run_trl(plan: dict, kind: str, folder: str) -> dict:
 
     imports = peak_gib()
     torch.manual_seed(plan["seed"])
-    tokenizer, model = load_tokenizer(plan["model"]), load_model(plan["model"], dtype="float32")
+    tokenizer, model = load_tokenizer(plan["model"]), load_model(plan["model"], dtype=plan["dtype"])
     tokenizer.padding_side, clock, fast = "left", Clock(), autocast_of(plan)
     rows, batch = Dataset.from_list([dict(input_ids=r["input_ids"]) for r in plan["rows"]]), plan["batch"]
     value = trl_value(plan, kind, tokenizer.pad_token_id)
@@ -204,14 +202,51 @@ def run_trl(plan: dict, kind: str, folder: str) -> dict:
         new = out[0][:, queries.shape[1]:]
         return int(((new == stop).cumsum(1) - (new == stop).long() == 0).sum())
 
+    clock.wrap(trainer, "train")
     clock.wrap(module, "batch_generation", "generation", begins=True, tokens=count)
     clock.wrap(module, "forward", lambda *a, **k: None if torch.is_grad_enabled() else "reference")
     clock.wrap(module, "get_reward", lambda m, *a: "reward" if m is trainer.reward_model else "values")
     with torch.autocast("cpu", fast or torch.bfloat16, enabled=fast is not None):
         trainer.train()
-    clock.mark()
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return clock.result(batch) | dict(peak=peak_gib(), imports=imports, trained=trained)
+
+
+def run_ours(plan: dict, kind: str, folder: str) -> dict:
+    "Our trainer with the same clock."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from deepseek_cookbook.models import load_model, load_tokenizer
+    from deepseek_cookbook.ppo import batch as looks
+    from deepseek_cookbook.ppo import train as module
+    from deepseek_cookbook.ppo.policy import make_models
+    from deepseek_cookbook.ppo.rollout import RolloutConfig
+
+    imports, clock, upper = peak_gib(), Clock(), plan["upper"] if kind == "ours, upper" else None
+    tokenizer, base = load_tokenizer(plan["model"]), load_model(plan["model"], dtype=plan["dtype"])
+    scorer = Scorer(plan, tokenizer, base.config.vocab_size, autocast_of(plan))
+    models = make_models(base, plan["lora"], upper_layers=upper, seed=plan["seed"])
+    config = module.PPOConfig(
+        total_episodes=plan["updates"] * plan["batch"], batch_size=plan["batch"], num_mini_batches=plan["minibatches"],
+        num_ppo_epochs=plan["epochs"], per_device_train_batch_size=plan["batch"], learning_rate=plan["learning_rate"],
+        value_learning_rate=plan["learning_rate"], upper_layers=upper, save_steps=10**6)
+    rollout = RolloutConfig(plan["new_tokens"], batch_size=plan["batch"], autocast=plan["autocast"])
+    rows = [dict(prompt=r["prompt"]) for r in plan["rows"]]
+    trainer = module.PPOTrainer(config, models, tokenizer, rows, scorer, folder, rollout, seed=plan["seed"], quiet=True)
+
+    def whose(model, *rest, **more):
+        layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+        return "old" if "policy" in layer.active_adapters else "reference"
+
+    clock.wrap(module.PPOTrainer, "one_step", begins=True)
+    clock.wrap(module, "sample", "generation", tokens=lambda out, *a: int(out.lengths_B.sum()))
+    clock.wrap(module, "scored", "reward")
+    clock.wrap(looks, "score", whose)
+    clock.wrap(looks, "keep_lower", "old")
+    clock.wrap(looks, "values_of", "values")
+    trainer.train(resume=False)
+    return clock.result(plan["batch"]) | dict(peak=peak_gib(), imports=imports,
+                                              trained=sum(p.numel() for g in trainer.groups for p in g))
 
 
 def child(args):
@@ -289,7 +324,8 @@ def make_plan(args) -> dict:
     model, tokenizer = settings["model"]["name"], load_tokenizer(settings["model"]["name"])
     pairs = bank_pairs(args.updates * args.batch, settings.build("run").seed, 2, chinese=0)[0]
     rows = [dict(prompt=p["prompt"], input_ids=prompt_ids(tokenizer, p["prompt"])) for p in pairs]
-    keep = ("batch", "updates", "epochs", "minibatches", "new_tokens", "learning_rate", "reward", "autocast", "upper")
+    keep = ("batch", "updates", "epochs", "minibatches", "new_tokens", "learning_rate", "reward", "autocast", "dtype",
+            "upper")
     return {k: getattr(args, k) for k in keep} | dict(
         profile=args.profile, set=args.set, model=model, seed=settings.build("run").seed, rows=rows,
         lora=settings["lora"] | dict(lora_dropout=0.0))
@@ -307,6 +343,7 @@ def arguments(argv=None):
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--upper", type=int, default=10, help="layers with adapters in `ours, upper`")
     parser.add_argument("--reward", choices=("small", "full"), default="small", help="size of the reward model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     parser.add_argument("--autocast", choices=("auto", "float32"), default="auto")
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as lora.r=8")
     parser.add_argument("--only", nargs="*", choices=ALL, default=CONTENDERS)
@@ -338,7 +375,7 @@ def main():
     lengths = [len(r["input_ids"]) for r in plan["rows"]]
     print(f"PPO on {plan['model']}, {args.batch} completions an update, {args.epochs} epochs of {args.minibatches} "
           f"minibatches, prompts of {min(lengths)} to {max(lengths)} tokens, up to {args.new_tokens} new ones, LoRA r "
-          f"{plan['lora']['r']}, autocast {args.autocast}, {os.environ.get('OMP_NUM_THREADS', '1')} thread, "
+          f"{plan['lora']['r']}, weights {args.dtype}, autocast {args.autocast}, {os.environ.get('OMP_NUM_THREADS', '1')} thread, "
           f"{platform.machine()}, {args.updates - 1} updates of {args.rounds} rounds\n")
     print(table(runs), bound(runs), sep="\n\n")
     del plan["rows"]
