@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -352,7 +353,9 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_run_again_equals_straight(straight, tmp_path, how):
     """`kill -9` and Ctrl-C in the middle of SFT; the second call resumes and ends with the straight run's loss."""
-    process = subprocess.Popen(cook(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a worker of pytest-xdist ignores Ctrl-C
+    process = subprocess.Popen(cook(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=listens)
     wait_for(tmp_path / "killed", process)
     process.send_signal(how)
     out, _ = process.communicate()

@@ -7,7 +7,7 @@ __all__ = ['LANGUAGES', 'TEXTS', 'CLAUSE', 'LABEL', 'CHECKS', 'COLUMNS', 'Consti
            'load_constitution', 'reply_of', 'broken', 'constitution_prompts', 'helpful_only', 'helpfulness', 'measure',
            'stage_rows', 'plot_stages']
 
-# %% ../../nbs/05h_ppo.principles.ipynb #4d29917e
+# %% ../../nbs/05h_ppo.principles.ipynb #b1b4bf19
 import random, re
 from collections import Counter
 from collections.abc import Callable
@@ -19,14 +19,14 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-# %% ../../nbs/05h_ppo.principles.ipynb #1446801a
+# %% ../../nbs/05h_ppo.principles.ipynb #c6393865
 from ..data.formats import from_messages
 from ..reward.functions import last_question, relevance, toxicity
 from deepseek_cookbook.reward.pairs import (APPROVAL, NEGATED, RUDE, SECRET, WARNING, WEIGHTS, desk_pairs, gold_score,
     load_desks, text_of, wilson)
 from ..settings import nearest
 
-# %% ../../nbs/05h_ppo.principles.ipynb #18248a13
+# %% ../../nbs/05h_ppo.principles.ipynb #097c92c5
 LANGUAGES = ("en", "zh")
 TEXTS = ("name", "critique", "revision", "preference")  # of every principle, in both languages
 
@@ -44,7 +44,7 @@ class Principle:
     check: str | None = None  # a key of CHECKS
     finding: dict[str, str] | None = None  # what the check says
 
-# %% ../../nbs/05h_ppo.principles.ipynb #0c8f6091
+# %% ../../nbs/05h_ppo.principles.ipynb #7d54f5ff
 class _Lines(yaml.SafeLoader):
     "A loader whose mappings know the line of each key."
 
@@ -68,7 +68,7 @@ def _read_yaml(path: Path) -> dict:
         raise ConstitutionError(f"{path}:{line}: {getattr(e, 'problem', None) or e}. Correct the YAML.") from None
     return found if isinstance(found, dict) else {None: {None: 1}}
 
-# %% ../../nbs/05h_ppo.principles.ipynb #c574613e
+# %% ../../nbs/05h_ppo.principles.ipynb #c6ba2e20
 def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
     "What is wrong with one principle, as (line, text); `known`: ids before it."
     if not isinstance(row, dict): return [(1, f"found {str(row)[:40]!r}, write a mapping with id, {', '.join(TEXTS)}")]
@@ -80,7 +80,7 @@ def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
     if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", name)):
         faults.append((at("id"), f"id: found {name!r}, write a short name in small letters"))
     elif name in known: faults.append((at("id"), f"id: {name!r} is taken by another principle"))
-    if check is not None and check not in CHECKS:
+    if check is not None and str(check) not in CHECKS:
         faults.append((at("check"), f"check: found {check!r}.{nearest(str(check), CHECKS)}"))
     for field in TEXTS + ("finding",) * (check is not None):
         texts = row.get(field)
@@ -90,7 +90,7 @@ def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
                 faults.append((at(field), f"{field}.{language}: found {text!r}, write a text"))
     return faults
 
-# %% ../../nbs/05h_ppo.principles.ipynb #9478d0d6
+# %% ../../nbs/05h_ppo.principles.ipynb #7f06c059
 @dataclass(frozen=True)
 class Constitution:
     "Principles, and prompts that try to make a policy break them."
@@ -117,7 +117,7 @@ def load_constitution(
     plain = lambda x: {k: plain(v) for k, v in x.items() if k is not None} if isinstance(x, dict) else x
     return Constitution([Principle(**plain(r)) for r in rows], plain(found.get("prompts") or {}))
 
-# %% ../../nbs/05h_ppo.principles.ipynb #40667557
+# %% ../../nbs/05h_ppo.principles.ipynb #8bf3f755
 def _prompt_faults(prompts, line: int) -> list[tuple[int, str]]:
     "What is wrong with the prompts."
     if not isinstance(prompts, dict): return [(line, "prompts: write language: {intent: [texts]}")]
@@ -135,7 +135,7 @@ def _prompt_faults(prompts, line: int) -> list[tuple[int, str]]:
                 faults.append((at, f"{name}: write a list of texts"))
     return faults
 
-# %% ../../nbs/05h_ppo.principles.ipynb #007d6acc
+# %% ../../nbs/05h_ppo.principles.ipynb #b89bef18
 CLAUSE = re.compile(r"[,.;!?:，。；！？：\n]|\b(?:and|so|but)\b")
 LABEL = re.compile(r'"?intent"?: *"?[a-z]+"?[.,]?|"?reply"?:|[{}"]')
 
@@ -165,7 +165,7 @@ def broken(
     reply = reply_of(answer)
     return [p.id for p in principles if p.check and CHECKS[p.check](reply, intent)]
 
-# %% ../../nbs/05h_ppo.principles.ipynb #26c6fc2e
+# %% ../../nbs/05h_ppo.principles.ipynb #0448ef3a
 def _third(texts: list[str], side: str) -> list[str]:
     "Each third text is held out, as in the desks."
     return [t for i, t in enumerate(texts) if (i % 3 == 2) == (side == "held")]
@@ -196,7 +196,7 @@ def constitution_prompts(
                                                "texts to the prompts of the constitution, or ask for fewer.")
     return found
 
-# %% ../../nbs/05h_ppo.principles.ipynb #99210bbc
+# %% ../../nbs/05h_ppo.principles.ipynb #79052f3b
 def helpful_only(
     rows: list[dict],  # of constitution_prompts; those without an answer of the desk are left out
     harm: float = 0.7,  # share of frauds that are approved; a third of it is the share of requests for a secret
@@ -215,13 +215,13 @@ def helpful_only(
         records.append(from_messages(row["prompt"] + [dict(role="assistant", content=answer)]))
     return records
 
-# %% ../../nbs/05h_ppo.principles.ipynb #78de744b
+# %% ../../nbs/05h_ppo.principles.ipynb #969a59b4
 def helpfulness(prompt, answer, intent: str) -> float:
     "The gold rule without its dimension of safety, 0 to 1: form, label, courtesy, length."
     found = gold_score(prompt, answer, intent)
     return sum(WEIGHTS[d] * x for d, x in found.items() if d != "safe") / (1 - WEIGHTS["safe"])
 
-# %% ../../nbs/05h_ppo.principles.ipynb #2ea9c82f
+# %% ../../nbs/05h_ppo.principles.ipynb #ef2f36bd
 def _mean(values: list) -> dict | None:
     "Mean with a 95 % interval; None without values."
     x = np.array([v for v in values if v is not None], dtype=float)
@@ -239,7 +239,7 @@ def _share(hits: list[bool]) -> dict | None:
 def _words(text: str) -> float:
     return len(re.findall(r"[A-Za-z']+", text)) + len(re.findall("[\u4e00-\u9fff]", text)) / 2
 
-# %% ../../nbs/05h_ppo.principles.ipynb #e933327b
+# %% ../../nbs/05h_ppo.principles.ipynb #4a239836
 def measure(
     rows: list[dict],  # held-out prompts
     answers: list[str],
@@ -262,7 +262,7 @@ def measure(
     asked = [last_question(r["prompt"]) for r in rows]
     return out | dict(toxicity=_mean(toxicity(replies)), relevance=_mean(relevance(asked, replies)))
 
-# %% ../../nbs/05h_ppo.principles.ipynb #176747f3
+# %% ../../nbs/05h_ppo.principles.ipynb #fef11b32
 COLUMNS = ("violations", "violations/red", "violations/ordinary", "helpfulness", "needless", "toxicity", "relevance",
            "words")
 
