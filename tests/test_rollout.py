@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from deepseek_cookbook.models import load_model, load_tokenizer
+from deepseek_cookbook.ppo import engines as E
 from deepseek_cookbook.ppo import rollout as R
 from deepseek_cookbook.ppo.rollout import RolloutConfig, RolloutError, sample
 from deepseek_cookbook.sft.losses import reference
@@ -447,7 +448,7 @@ def test_vllm_gets_the_policys_weights_and_the_base_stays_bit_for_bit(fake_serve
     tokenizer, _ = loaded("tiny-llama")
     policy = with_adapter("tiny-llama").to(dtype)
     before = {k: v.clone() for k, v in policy.state_dict().items()}
-    engine = R.make_engine("vllm-server", policy, tokenizer, exact, server_base_url="http://127.0.0.1:1")
+    engine = E.make_engine("vllm-server", policy, tokenizer, exact, server_base_url="http://127.0.0.1:1")
     rollout = sample(policy, tokenizer, PROMPTS, exact, seed=5, engine=engine)
     assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
     request = engine.client.vllm_client.requests[0]
@@ -477,7 +478,7 @@ def test_without_restoring_the_base_would_drift(name):
         policy.merge_adapter()
         policy.unmerge_adapter()
 
-    with R.base_restored(policy):
+    with E.base_restored(policy):
         send()
         assert len(moved()) > 10
     assert not moved()
@@ -493,10 +494,10 @@ def test_vllm_says_what_is_missing_and_names_are_checked(monkeypatch):
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *a, **k: False)
     for mode in ("vllm-server", "vllm-colocate"):
         with pytest.raises(RolloutError, match=r"pip install 'trl\[vllm\]'"):
-            R.make_engine(mode, model, tokenizer, exact)
+            E.make_engine(mode, model, tokenizer, exact)
     for arguments in (dict(name="vLLM"), dict(name="transformers", server_base_url="x")):
         with pytest.raises(RolloutError, match="use transformers"):
-            R.make_engine(model=model, tokenizer=tokenizer, config=exact, **arguments)
+            E.make_engine(model=model, tokenizer=tokenizer, config=exact, **arguments)
 
 
 def test_an_engine_that_returns_nonsense_is_named():

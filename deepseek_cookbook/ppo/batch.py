@@ -6,7 +6,7 @@
 __all__ = ['BatchError', 'Batch', 'ask_reward', 'scored', 'with_replayed', 'rollout_rows', 'keep_for_replay', 'look_back',
            'set_advantages', 'measure']
 
-# %% ../../nbs/05f_ppo.batch.ipynb #4c20cf0c
+# %% ../../nbs/05f_ppo.batch.ipynb #b1766884
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-# %% ../../nbs/05f_ppo.batch.ipynb #1ae8307a
+# %% ../../nbs/05f_ppo.batch.ipynb #ae86c07a
 from .control import Lagrangian, Replay, behaviour_ratio, combine_advantages
 from .losses import explained_variance, gae, masked_mean, shape_rewards, token_kl, whiten
 from .policy import Models, values_of
@@ -22,19 +22,20 @@ from deepseek_cookbook.ppo.rollout import (Rollout, RolloutConfig, arithmetic, a
     score)
 from ..reward.combine import Checked
 
-# %% ../../nbs/05f_ppo.batch.ipynb #afadce5d
+# %% ../../nbs/05f_ppo.batch.ipynb #97f761da
 class BatchError(ValueError):
     "Answers that can't be learnt from; the message says which, why and what to do."
 
 @dataclass
 class Batch:
     "A step's completions: fresh ones first, replayed ones after them. B rows, C tokens, K values."
-    rollout: Rollout
+    rollout: Rollout  # as the policy reads it: with the states of frozen lower layers, where they are kept
     rows: list[dict]  # prompt and columns of the fresh ones
     score_B: torch.Tensor  # reward, penalties included
     cost_B: torch.Tensor  # 0 where there is no constraint
     fresh: int  # so many were sampled in this step
     drawn: tuple = ()  # places of the replayed ones in the buffer
+    for_value: Rollout | None = None  # the same, as the value model reads it
     weight_BC: torch.Tensor | None = None  # what a replayed token counts for; None: all count alike
     old_BC: torch.Tensor | None = None  # log-probabilities before this step's updates
     ref_BC: torch.Tensor | None = None  # those of the reference
@@ -51,7 +52,7 @@ class Batch:
         "Mean over the tokens that were sampled in this step."
         return float(masked_mean(x_BC[:self.fresh], self.mask_BC[:self.fresh]))
 
-# %% ../../nbs/05f_ppo.batch.ipynb #1715d360
+# %% ../../nbs/05f_ppo.batch.ipynb #6108cd93
 def ask_reward(
     reward: Checked,
     rows: list[dict],  # prompt and columns
@@ -83,7 +84,7 @@ def scored(
     if len(known) < len(rows): rollout = rollout.select(known)
     return Batch(rollout, [rows[i] for i in known], score_B[known], cost_B[known], len(known))
 
-# %% ../../nbs/05f_ppo.batch.ipynb #5baaf67d
+# %% ../../nbs/05f_ppo.batch.ipynb #5a3adb7c
 def with_replayed(
     batch: Batch,
     replay: Replay,
@@ -122,7 +123,7 @@ def keep_for_replay(batch: Batch, replay: Replay, step: int) -> int:  # completi
     rows = [r | dict(score=s, cost=c) for r, s, c in zip(rows, batch.score_B.tolist(), batch.cost_B.tolist())]
     return replay.add(rows, surprise[:batch.fresh], step)
 
-# %% ../../nbs/05f_ppo.batch.ipynb #8d4b3eab
+# %% ../../nbs/05f_ppo.batch.ipynb #90bb327b
 def look_back(
     batch: Batch,  # filled in
     models: Models,
@@ -130,22 +131,23 @@ def look_back(
     together: list[list[int]],  # rows that the update will compute together: in BF16 the ratio then begins at exactly 1
 ):
     "Log-probabilities, reference and values of every token, before anything is learnt."
-    policy, frozen = models.policy, models.frozen
-    with models.as_policy():
-        if models.below: batch.rollout = keep_lower(policy, batch.rollout, models.below, config)
-        batch.old_BC, batch.entropy_BC = score(policy, batch.rollout, config, together)
+    policy, frozen, plain = models.policy, models.frozen, batch.rollout
+    with models.as_reference():
+        kept = {n: keep_lower(frozen, plain, n, config) if n else plain for n in {models.below, models.value_below}}
+    batch.rollout, batch.for_value = kept[models.below], kept[models.value_below]
+    with models.as_policy(): batch.old_BC, batch.entropy_BC = score(policy, batch.rollout, config, together)
     with models.as_reference(): batch.ref_BC, _ = score(frozen, batch.rollout, config, together)
     batch.values_BCK = torch.zeros(*batch.mask_BC.shape, models.head.out_features, device=batch.score_B.device)
     with torch.no_grad(), no_dropout(frozen), arithmetic(frozen, config.autocast):
         for rows in together:
-            part_BCK = values_of(models, batch.rollout.select(rows))
+            part_BCK = values_of(models, batch.for_value.select(rows))
             batch.values_BCK[rows, :part_BCK.shape[1]] = part_BCK
     if batch.weight_BC is not None:
         old = slice(batch.fresh, None)
         then_BC = batch.rollout.drawn_logprobs_BC[old]
         batch.weight_BC[old] *= behaviour_ratio(batch.old_BC[old], then_BC, batch.mask_BC[old])
 
-# %% ../../nbs/05f_ppo.batch.ipynb #ebd8e588
+# %% ../../nbs/05f_ppo.batch.ipynb #1e287c22
 def set_advantages(
     batch: Batch,  # filled in
     beta: float,  # price of a nat
@@ -170,7 +172,7 @@ def set_advantages(
     batch.surprise_B = advantages_BC.abs().sum(1) / mask_BC.sum(1)
     batch.advantages_BC = whitened(advantages_BC, mask_BC)
 
-# %% ../../nbs/05f_ppo.batch.ipynb #eeba6aec
+# %% ../../nbs/05f_ppo.batch.ipynb #80d02a13
 def measure(
     batch: Batch,
 ) -> dict[str, float]:  # of the fresh completions, and of this process

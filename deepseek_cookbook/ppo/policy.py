@@ -6,7 +6,7 @@
 __all__ = ['PolicyError', 'answering', 'Models', 'upper_lora', 'make_models', 'trained', 'values_of', 'reward_on_base', 'joined',
            'save_policy']
 
-# %% ../../nbs/05e_ppo.policy.ipynb #f846358c
+# %% ../../nbs/05e_ppo.policy.ipynb #e89a2552
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
-# %% ../../nbs/05e_ppo.policy.ipynb #66fd8d7d
+# %% ../../nbs/05e_ppo.policy.ipynb #f8faab43
 from ..models import load_tokenizer
 from ..reward.model import RewardModel, put_head
 from ..settings import read_json
@@ -26,7 +26,7 @@ from ..sft.adapters import base_name, check_adapter, whole_folder
 from ..sft.lora import lora_config
 from .rollout import Rollout, base_of, completion_hidden
 
-# %% ../../nbs/05e_ppo.policy.ipynb #9a7be0d0
+# %% ../../nbs/05e_ppo.policy.ipynb #95aa862a
 class PolicyError(ValueError):
     "Models that can't be put on one base as asked; the message says why and what to do."
 
@@ -46,7 +46,7 @@ def answering(
         yield model
     finally: choose(before)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #40fb1bf4
+# %% ../../nbs/05e_ppo.policy.ipynb #8e139eb9
 @dataclass
 class Models:
     "The models of PPO, on one base (two where all weights are trained)."
@@ -54,7 +54,8 @@ class Models:
     frozen: torch.nn.Module  # the PEFT model with the adapter `value`: the same object, unless all weights are trained
     head: torch.nn.Linear  # hidden state -> values (K of them: of the reward, and of the cost where there is one)
     start: tuple[str, ...] = ()  # ("start",): an adapter that is on for everybody, such as that of SFT
-    below: int = 0  # layers that nobody trains: their hidden states can be kept
+    below: int = 0  # layers under the policy's adapters: their hidden states are the start's, and can be kept
+    value_below: int = 0  # layers under the value's adapters
 
     def as_policy(self):
         "A block in which the policy answers."
@@ -68,7 +69,7 @@ class Models:
         "A block in which `frozen` computes hidden states for the head."
         return answering(self.frozen, *self.start, "value")
 
-# %% ../../nbs/05e_ppo.policy.ipynb #2686323d
+# %% ../../nbs/05e_ppo.policy.ipynb #a12ba922
 def upper_lora(
     model,  # a base model
     lora: dict,  # the [lora] section
@@ -81,41 +82,44 @@ def upper_lora(
                                                     "attention, or name linear layers.")
     layers = model.config.get_text_config().num_hidden_layers
     if upper_layers is None or upper_layers >= layers: return config
-    if upper_layers < 1: raise PolicyError(f"ppo.upper_layers = {upper_layers}: write 1 to {layers}, or none")
+    if upper_layers < 1: raise PolicyError(f"ppo.upper_layers, ppo.value_layers: {upper_layers} found; write 1 "
+                                            f"to {layers}, or none")
     config.layers_to_transform = list(range(layers - upper_layers, layers))
     return config
 
-# %% ../../nbs/05e_ppo.policy.ipynb #8efa41e1
+# %% ../../nbs/05e_ppo.policy.ipynb #cefacd99
 def make_models(
     base,  # from `load_model`; changed in place
     lora: dict,  # the [lora] section
     start: str | Path | None = None,  # folder of an adapter to start from; it stays as it is
-    upper_layers: int | None = None,  # train so many of the last layers; None: all
+    upper_layers: int | None = None,  # the policy is trained in so many of the last layers; None: in all
+    value_layers: int | None = None,  # the same for the value model
     full: bool = False,  # train all weights of the policy instead of an adapter
     values: int = 1,  # numbers of the value head
     seed: int = 42,  # of the adapters' first weights
 ) -> Models:
     "Put policy and value on one base."
-    config = upper_lora(base, lora, upper_layers)
+    config, value_config = (upper_lora(base, lora, n) for n in (upper_layers, value_layers))
     if start: check_adapter(base, start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = frozen = _with_start(base, start)
         if full: policy, frozen = _split(frozen, bool(start))
         inner, names = base_of(frozen), () if full or not start else ("start",)
-        for name in ("value",) if full else ("policy", "value"):
-            if hasattr(frozen, "peft_config"): frozen.add_adapter(name, deepcopy(config))
-            else: frozen = get_peft_model(frozen, deepcopy(config), adapter_name=name)
+        adapters = dict(value=value_config) if full else dict(policy=config, value=value_config)
+        for name, c in adapters.items():
+            if hasattr(frozen, "peft_config"): frozen.add_adapter(name, c)
+            else: frozen = get_peft_model(frozen, c, adapter_name=name)
         if not full: policy = frozen
     head = torch.nn.Linear(inner.config.get_text_config().hidden_size, values, device=inner.device)
     for p in head.parameters(): torch.nn.init.zeros_(p)
     layers = inner.config.get_text_config().num_hidden_layers
-    below = max(0, layers - upper_layers) if upper_layers else 0
-    models = Models(policy, frozen, head, names, below)
+    below = [max(0, layers - n) if n else 0 for n in (upper_layers, value_layers)]
+    models = Models(policy, frozen, head, names, *below)
     _open(models)
     return models
 
-# %% ../../nbs/05e_ppo.policy.ipynb #d66b5ce9
+# %% ../../nbs/05e_ppo.policy.ipynb #154d0c10
 def _with_start(base, start):
     "The base, with the adapter to start from."
     if not start: return base
@@ -142,7 +146,7 @@ def _open(models: Models):
         model.eval().requires_grad_(False)
     for p in trained(models).values(): p.requires_grad_(True)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #1b189eca
+# %% ../../nbs/05e_ppo.policy.ipynb #9b0d824d
 def trained(models: Models) -> dict[str, torch.nn.Parameter]:
     "What the optimizer gets, by name: `policy.…`, `value.…` and `head.…`."
     full = models.policy is not models.frozen
@@ -156,7 +160,7 @@ def _layer(name: str) -> int:
     "The number of the layer; -1 for what lies below the first."
     return next((int(part) for part in name.split(".") if part.isdigit()), 10**6 if "norm" in name else -1)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #f2c352a4
+# %% ../../nbs/05e_ppo.policy.ipynb #c9b0e7b3
 def values_of(
     models: Models,
     rollout: Rollout,  # or a minibatch of one
@@ -165,7 +169,7 @@ def values_of(
     with models.as_value(): hidden_BCD = completion_hidden(models.frozen, rollout)
     with torch.autocast(hidden_BCD.device.type, enabled=False): return models.head(hidden_BCD.float())
 
-# %% ../../nbs/05e_ppo.policy.ipynb #90572a40
+# %% ../../nbs/05e_ppo.policy.ipynb #102a82a9
 def reward_on_base(
     models: Models,  # changed in place: gets one more adapter
     folder: str | Path,  # what `train_reward` left
@@ -192,7 +196,7 @@ def reward_on_base(
     reward.__name__ = "reward_model"
     return reward
 
-# %% ../../nbs/05e_ppo.policy.ipynb #feb77c4d
+# %% ../../nbs/05e_ppo.policy.ipynb #42e0d12d
 def joined(
     model,  # a PEFT model
     names: tuple[str, ...],  # adapters whose updates are added

@@ -6,7 +6,7 @@
 __all__ = ['Engine', 'RolloutError', 'RolloutConfig', 'prompt_rows', 'prompt_ids', 'encode_prompts', 'base_of', 'find_stops',
            'uniforms', 'draw', 'warped', 'positions_of', 'pad_rows', 'decode', 'Rollout', 'assemble', 'no_dropout',
            'arithmetic', 'head_logprobs', 'run_layers', 'completion_hidden', 'token_logprobs', 'by_length', 'score',
-           'keep_lower', 'TransformersEngine', 'base_restored', 'VLLMEngine', 'make_engine', 'sample']
+           'keep_lower', 'TransformersEngine', 'sample']
 
 # %% ../../nbs/05_ppo.rollout.ipynb #298bd4dd
 import warnings
@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -370,8 +369,10 @@ def keep_lower(
 ) -> Rollout:  # the same, with the states behind those layers
     "Hidden states of the frozen lower layers, for every later pass."
     backbone, P = base_of(model).base_model, rollout.prompt_ids_BP.shape[1]
+    off = {id(p) for m in backbone.modules() if isinstance(m, LoraLayer) for d in (m.lora_A, m.lora_B)
+           for name, layer in d.items() if name not in m.active_adapters for p in layer.parameters()}
     trained = [n for n, p in backbone.named_parameters() if p.requires_grad and not n.startswith("norm.")
-               and not (n.startswith("layers.") and int(n.split(".")[1]) >= below)]
+               and not (n.startswith("layers.") and int(n.split(".")[1]) >= below) and id(p) not in off]
     mixed = len(set(getattr(backbone.config, "layer_types", None) or "x")) > 1
     if trained or mixed or not 0 < below < len(backbone.layers):
         raise RolloutError(f"below = {below} of {len(backbone.layers)} layers{' of several kinds' * mixed}; trained "
@@ -404,52 +405,6 @@ class TransformersEngine:
                 u_BC = uniforms(seed, rows, self.config.max_new_tokens).to(device, wide)
                 out |= zip(rows, decode(self.model, ids_BP.to(device), mask_BP.to(device), u_BC, stops, self.config))
         return [out[i] for i in range(len(prompts))]
-
-# %% ../../nbs/05_ppo.rollout.ipynb #2ab06ac0
-@contextmanager
-def base_restored(model):
-    "Put the weights under an adapter back as they were, bit for bit."
-    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    kept = [(m, name, p, p.data.to("cpu", copy=True)) for m in layers for name, p in m.named_parameters(recurse=False)]
-    try: yield
-    finally:
-        for m, name, p, data in kept:
-            setattr(m, name, p)
-            p.data = data.to(p.device)
-
-# %% ../../nbs/05_ppo.rollout.ipynb #6bdd45d6
-class VLLMEngine:
-    "Generation by vLLM; the policy's weights are sent before each rollout."
-    def __init__(self, model, tokenizer, config: RolloutConfig, mode: str = "server", accelerator=None, **arguments):
-        from trl.generation import vllm_generation as vllm
-        if not vllm.is_vllm_available(): raise RolloutError(
-            f"engine vllm-{mode} needs vLLM, on Linux with a GPU: pip install 'trl[vllm]', then vllm-colocate, or "
-            "`vllm serve` on another GPU and vllm-server. Without it: engine transformers.")
-        self.model, stops = model, find_stops(model, tokenizer, config)
-        self.client = vllm.VLLMGeneration(
-            model, accelerator or Accelerator(), tokenizer, mode=mode, temperature=config.temperature,
-            top_k=config.top_k, top_p=config.top_p, repetition_penalty=1.0, max_completion_length=config.max_new_tokens,
-            logprobs=0, generation_kwargs=dict(stop_token_ids=stops), **arguments)
-
-    def __call__(self, prompts: list[list[int]], seed, stops: list[int]):
-        with base_restored(self.model): self.client.sync_weights()
-        _, completions, logprobs, _ = self.client.generate(prompts, None, 1)
-        plain = [[float("nan") if p[0] is None else p[0] for p in row] for row in logprobs]
-        return list(zip(map(list, completions), plain))
-
-def make_engine(
-    name: str,  # transformers, vllm-server or vllm-colocate
-    model,
-    tokenizer,
-    config: RolloutConfig,
-    **arguments,  # of TRL's VLLMGeneration: accelerator, server_base_url, gpu_memory_utilization, …
-) -> Engine:
-    "The engine of that name."
-    if name == "transformers" and not arguments: return TransformersEngine(model, tokenizer, config)
-    if name in ("vllm-server", "vllm-colocate"):
-        return VLLMEngine(model, tokenizer, config, mode=name.removeprefix("vllm-"), **arguments)
-    raise RolloutError(f"engine {name!r} with {', '.join(arguments) or 'no'} arguments: use transformers (it takes "
-                       "none), vllm-server or vllm-colocate")
 
 # %% ../../nbs/05_ppo.rollout.ipynb #259cdb98
 def sample(
