@@ -9,7 +9,8 @@ lengths, epochs, minibatches, reward model, threads and arithmetic (one autocast
 whose own reaches only its training pass). The first update is not counted.
 
 ours              one base in memory, the reference is the policy without its adapters
-ours, upper       adapters in the upper layers only; what the frozen ones below say is computed once an update
+ours, value upper the value adapter in the upper layers only: what the base says below is computed once an update
+ours, upper       both adapters in the upper layers only
 TRL               policy and reference share a base; a value model of its own, with the same LoRA
 TRL, head         the same, but of the value model only the head is trained: no backward pass through it
 TRL, full         the same, but the whole value model is trained, as TRL's example script does
@@ -31,9 +32,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRL = "trl==1.12.0"
-CONTENDERS = ("ours", "TRL", "ours, upper")
+CONTENDERS = ("ours", "TRL", "ours, value upper", "ours, upper")
 ALL = (*CONTENDERS, "TRL, head", "TRL, full")
-PARTS = ("generation", "reward", "old", "reference", "values", "training")  # old: log-probabilities before the update
+# lower: hidden states of frozen layers that are kept; old: the policy's log-probabilities before the update
+PARTS = ("generation", "reward", "lower", "old", "reference", "values", "training")
 
 
 def old_environment(folder: Path) -> Path:
@@ -142,6 +144,15 @@ class Scorer:
         return logits[:, 0].float().tolist()
 
 
+def no_end(tokenizer, model):
+    "All completions have the same length: the token that ends one is a word that the model hardly ever says."
+    last = model.config.vocab_size - 1
+    while last in tokenizer.all_special_ids:
+        last -= 1
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
+    model.generation_config.eos_token_id = last
+
+
 # --- the contenders ---------------------------------------------------------------------------------------------
 
 
@@ -184,6 +195,7 @@ def run_trl(plan: dict, kind: str, folder: str) -> dict:
     imports = peak_gib()
     torch.manual_seed(plan["seed"])
     tokenizer, model = load_tokenizer(plan["model"]), load_model(plan["model"], dtype=plan["dtype"])
+    no_end(tokenizer, model)
     tokenizer.padding_side, clock, fast = "left", Clock(), autocast_of(plan)
     rows, batch = Dataset.from_list([dict(input_ids=r["input_ids"]) for r in plan["rows"]]), plan["batch"]
     value = trl_value(plan, kind, tokenizer.pad_token_id)
@@ -196,14 +208,9 @@ def run_trl(plan: dict, kind: str, folder: str) -> dict:
         disable_tqdm=True, logging_steps=10**6)  # fmt: skip
     trainer = PPOTrainer(config, tokenizer, model, None, judge(plan, model.config.vocab_size, tokenizer.pad_token_id),
                          rows, value, eval_dataset=rows, peft_config=LoraConfig(**plan["lora"]))
-    stop = tokenizer.eos_token_id
-
-    def count(out, policy, queries, *rest):
-        new = out[0][:, queries.shape[1]:]
-        return int(((new == stop).cumsum(1) - (new == stop).long() == 0).sum())
-
     clock.wrap(trainer, "train")
-    clock.wrap(module, "batch_generation", "generation", begins=True, tokens=count)
+    clock.wrap(module, "batch_generation", "generation", begins=True,
+               tokens=lambda out, policy, queries, *rest: out[0][:, queries.shape[1]:].numel())
     clock.wrap(module, "forward", lambda *a, **k: None if torch.is_grad_enabled() else "reference")
     clock.wrap(module, "get_reward", lambda m, *a: "reward" if m is trainer.reward_model else "values")
     with torch.autocast("cpu", fast or torch.bfloat16, enabled=fast is not None):
@@ -222,14 +229,17 @@ def run_ours(plan: dict, kind: str, folder: str) -> dict:
     from deepseek_cookbook.ppo.policy import make_models
     from deepseek_cookbook.ppo.rollout import RolloutConfig
 
-    imports, clock, upper = peak_gib(), Clock(), plan["upper"] if kind == "ours, upper" else None
+    imports, clock = peak_gib(), Clock()
+    layers = dict(upper_layers=plan["upper"] if kind == "ours, upper" else None,
+                  value_layers=plan["upper"] if "upper" in kind else None)
     tokenizer, base = load_tokenizer(plan["model"]), load_model(plan["model"], dtype=plan["dtype"])
+    no_end(tokenizer, base)
     scorer = Scorer(plan, tokenizer, base.config.vocab_size, autocast_of(plan))
-    models = make_models(base, plan["lora"], upper_layers=upper, seed=plan["seed"])
+    models = make_models(base, plan["lora"], **layers, seed=plan["seed"])
     config = module.PPOConfig(
         total_episodes=plan["updates"] * plan["batch"], batch_size=plan["batch"], num_mini_batches=plan["minibatches"],
         num_ppo_epochs=plan["epochs"], per_device_train_batch_size=plan["batch"], learning_rate=plan["learning_rate"],
-        value_learning_rate=plan["learning_rate"], upper_layers=upper, save_steps=10**6)
+        value_learning_rate=plan["learning_rate"], **layers, save_steps=10**6)
     rollout = RolloutConfig(plan["new_tokens"], batch_size=plan["batch"], autocast=plan["autocast"])
     rows = [dict(prompt=r["prompt"]) for r in plan["rows"]]
     trainer = module.PPOTrainer(config, models, tokenizer, rows, scorer, folder, rollout, seed=plan["seed"], quiet=True)
@@ -242,7 +252,7 @@ def run_ours(plan: dict, kind: str, folder: str) -> dict:
     clock.wrap(module, "sample", "generation", tokens=lambda out, *a: int(out.lengths_B.sum()))
     clock.wrap(module, "scored", "reward")
     clock.wrap(looks, "score", whose)
-    clock.wrap(looks, "keep_lower", "old")
+    clock.wrap(looks, "keep_lower", "lower")
     clock.wrap(looks, "values_of", "values")
     trainer.train(resume=False)
     return clock.result(plan["batch"]) | dict(peak=peak_gib(), imports=imports,
@@ -273,17 +283,17 @@ def combine(runs: list[dict]) -> dict:
 def table(runs: dict[str, list[dict]], against: str = "TRL") -> str:
     "Speed, memory and where the time goes, as a Markdown table; shares are of CPU seconds."
     rows, whole = [], {n: combine(r) for n, r in runs.items()}
-    base = whole.get(against)
+    base, parts = whole.get(against), [p for p in PARTS if any(r["cpu"][p] for r in whole.values())]
     for name, r in whole.items():
         cpu, per = r["cpu"], r["samples"] / r["cpu"]["total"]
         ratio = lambda a, b: f"{a / b:.2f}x"
         rows.append([
             name, f"{r['samples'] / r['wall']['total']:.2f}", f"{per:.2f}",
             ratio(per, base["samples"] / base["cpu"]["total"]) if base else "", f"{r['peak']:.2f}",
-            ratio(r["peak"], base["peak"]) if base else "", *(f"{cpu[p] / cpu['total']:.0%}" for p in PARTS),
+            ratio(r["peak"], base["peak"]) if base else "", *(f"{cpu[p] / cpu['total']:.0%}" for p in parts),
             f"{r['samples'] / cpu['generation']:.2f}" if cpu["generation"] else "", f"{r['tokens'] / r['samples']:.1f}",
             f"{r['trained'] / 1e6:.1f}"])
-    return markdown(["", "samples/s", "samples/CPU s", "to TRL", "peak GiB", "to TRL", *PARTS,
+    return markdown(["", "samples/s", "samples/CPU s", "to TRL", "peak GiB", "to TRL", *parts,
                      "generation alone, samples/CPU s", "new tokens", "trained, millions"], rows)
 
 
@@ -340,8 +350,8 @@ def arguments(argv=None):
     parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps an epoch")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--upper", type=int, default=10, help="layers with adapters in `ours, upper`")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--upper", type=int, default=10, help="layers with adapters where it says upper")
     parser.add_argument("--reward", choices=("small", "full"), default="small", help="size of the reward model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     parser.add_argument("--autocast", choices=("auto", "float32"), default="auto")
