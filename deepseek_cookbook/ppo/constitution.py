@@ -7,14 +7,14 @@ __all__ = ['Say', 'speaker', 'answers_to', 'critique', 'revise', 'revision_recor
            'with_helpful', 'rule_reward', 'ConstitutionConfig', 'changed', 'Round', 'supervised', 'make_judge',
            'preferences', 'make_reward', 'reinforced', 'start_policy', 'one_round', 'constitution_phase']
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #3b8f64d5
+# %% ../../nbs/05c_ppo.constitution.ipynb #e2b849f0
 import random, re, shutil, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #078ff6e8
+# %% ../../nbs/05c_ppo.constitution.ipynb #24a531e1
 from ..data.formats import from_messages
 from ..models import load_model, load_tokenizer, precision
 from .principles import (LANGUAGES, Constitution, ConstitutionError, Principle, broken,
@@ -29,7 +29,7 @@ from ..settings import RunFolder, Settings, read_json, read_jsonl, write_json, w
 from ..sft.adapters import merge_adapter
 from ..sft.train import train_sft
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #e446664e
+# %% ../../nbs/05c_ppo.constitution.ipynb #c387cebc
 Say = Callable[[list, tuple], list[str]]  # prompts as messages, seed -> one answer each
 
 def speaker(
@@ -55,7 +55,7 @@ def answers_to(
     texts = say([r["prompt"] for r in rows for _ in range(k)], seed)
     return [r | dict(answers=[t for t in dict.fromkeys(texts[i * k:(i + 1) * k]) if t]) for i, r in enumerate(rows)]
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #d4ea27e6
+# %% ../../nbs/05c_ppo.constitution.ipynb #fcd31ca5
 def critique(
     rows: list[dict],  # with answers; the first one is criticised
     constitution: Constitution,
@@ -82,7 +82,7 @@ def _conversation(row: dict, p: Principle) -> list[dict]:
     return row["prompt"] + [turn("assistant", row["answer"]), turn("user", p.critique[row["language"]]),
                             turn("assistant", row["critique"]), turn("user", p.revision[row["language"]])]
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #654fb834
+# %% ../../nbs/05c_ppo.constitution.ipynb #82b49fa8
 def revise(
     rows: list[dict],  # of critique
     constitution: Constitution,
@@ -104,7 +104,7 @@ def revise(
         if row["revision"]: row["after"] = broken(row["revision"], row["intent"], constitution.principles)
     return rows
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #67a40e53
+# %% ../../nbs/05c_ppo.constitution.ipynb #bcca1855
 def revision_records(
     rows: list[dict],  # of revise
 ) -> tuple[list[dict], dict]:  # four-field records; counts by what became of the answers
@@ -118,7 +118,7 @@ def revision_records(
             kept.append(from_messages(row["prompt"] + [dict(role="assistant", content=answer)]))
     return kept, dict(counts)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #0bae815f
+# %% ../../nbs/05c_ppo.constitution.ipynb #e68781c7
 _LEAD = dict(en="Compare two answers of a bank desk by one principle. {} Length alone is no merit.\n",
              zh="按一条原则比较银行柜台的两个回答。{}更长并不等于更好。\n")
 
@@ -144,7 +144,7 @@ class RuleJudge:
             a, b = (len(broken(t, intent, self.principles)) for t in answers)
             yield i, verdict(choice := "A" if a < b else "B" if b < a else "tie", choice)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #596d1ab0
+# %% ../../nbs/05c_ppo.constitution.ipynb #d0125c41
 def prefer(
     rows: list[dict],  # of answers_to
     judge,  # LocalJudge, HttpJudge, RuleJudge
@@ -161,7 +161,7 @@ def prefer(
         verdicts += [v | dict(row=own[v["row"]]) for v in said]
     return judged_pairs(rows, verdicts), verdicts
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #0e59270b
+# %% ../../nbs/05c_ppo.constitution.ipynb #fafb4fda
 def with_helpful(
     pairs: list[dict],  # provenance ai
     helpful: float,  # pairs by rule for each of them, above 0
@@ -181,18 +181,18 @@ def rule_reward(principles: list[Principle]) -> Callable:
         return [helpfulness(p, c, i) - bool(broken(c, i, principles)) for p, c, i in zip(prompts, completions, intents)]
     return reward
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #de77c140
+# %% ../../nbs/05c_ppo.constitution.ipynb #0f53f231
 @dataclass
 class ConstitutionConfig:
     "How a policy is trained by principles."
     file: str | None = None  # a constitution of your own; none: the one in the package
     rounds: int = 2
     languages: tuple[str, ...] = ("en",)  # en, zh
-    demonstrations: int = 160  # prompts of the start; those without an answer of the desk are left out
-    harm: float = 0.7  # share of frauds that the start approves
+    demonstrations: int = 160  # prompts of the start; those that the desk has no answer to are left out
+    harm: float = 0.5  # share of frauds that the start approves
     prompts: int = 32  # a round; half of them red
     heldout: int = 48  # measured after every step
-    answers: int = 2  # a prompt that is compared
+    answers: int = 3  # to a prompt, for the comparison
     tries: int = 4  # revisions an answer, where the rules choose
     judge: str = "rules"  # rules | model | http
     url: str = ""  # of the judge http, up to and with /v1
@@ -201,8 +201,8 @@ class ConstitutionConfig:
     least_pairs: int = 16  # of the judge; with fewer no reward model is trained in that round
     reward: str = "model"  # model | rules: what PPO follows
     force: bool = False  # go on to PPO with a reward model that the gate refused
-    start_steps: int = 24  # of SFT on the demonstrations
-    sft_steps: int = 8  # on the revisions, a round
+    start_steps: int = 48  # of SFT on the demonstrations
+    sft_steps: int = 12  # on the revisions, a round
     reward_steps: int = 16
     ppo_episodes: int = 96  # answers, a round; 0: no PPO
     max_new_tokens: int = 40
@@ -221,14 +221,15 @@ class ConstitutionConfig:
         if self.judge == "http" and not (self.url and self.judge_model): wrong.append("http: set url and judge_model")
         if wrong: raise ValueError("; ".join(wrong))
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #e37c7312
+# %% ../../nbs/05c_ppo.constitution.ipynb #597f960a
 def changed(settings: Settings, **sections: dict) -> Settings:
     "The settings with other values."
     return replace(settings, values=settings.values | {s: settings.values.get(s, {}) | v for s, v in sections.items()})
 
 def _few_steps(section: str, steps: int) -> dict:
     "A short training without evaluation."
-    return {section: dict(max_steps=steps, eval_strategy="no", save_steps=steps, load_best_model_at_end=False)}
+    few = dict(max_steps=steps, gradient_accumulation_steps=1, eval_strategy="no", save_steps=steps)
+    return {section: few | dict(load_best_model_at_end=False)}
 
 def _made(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
     "Rows of an earlier try of this step, or made now."
@@ -248,12 +249,12 @@ def _measured(stage: str, r: "Round", adapter: Path | None = None) -> dict:
     "The figures of a stage, with its answers left beside them."
     own, seed = r.own, r.settings.build("run").seed  # the same prompts and random numbers at every stage
     rows, say = constitution_prompts(r.constitution, own.heldout, "held", own.languages, seed), _speaker(r, adapter)
-    said = _made(r.folder / f"heldout-{stage}.jsonl", lambda: [
+    said = _made(r.folder / f"heldout-{stage.split()[-1]}.jsonl", lambda: [
         dict(question=last_question(x["prompt"]), kind=x["kind"], answer=text)
         for x, text in zip(rows, say([x["prompt"] for x in rows], (seed, 9)))])
     return dict(stage=stage) | measure(rows, [x["answer"] for x in said], r.constitution.principles, own.classifiers)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #40be771c
+# %% ../../nbs/05c_ppo.constitution.ipynb #7b636ff8
 @dataclass
 class Round:
     "One turn of the wheel: what it works with."
@@ -282,7 +283,7 @@ def supervised(r: Round, rows: list[dict]) -> dict:  # counts and training figur
         write_json(home / "figures.json", figures)
     return counts | {k: read_json(home / "figures.json")[k] for k in ("steps", "seconds")}
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #ca29aff4
+# %% ../../nbs/05c_ppo.constitution.ipynb #768feff1
 def make_judge(r: Round, base: str, rows: list[dict]):
     "Who compares the answers of a round."
     if r.own.judge == "rules":
@@ -301,7 +302,7 @@ def preferences(r: Round, base: str, rows: list[dict]) -> tuple[list[dict], dict
     gold = lambda prompt, answer: -len(broken(answer, intents[last_question(prompt)], principles))
     return pairs, judge_report(answers, verdicts, gold) if verdicts else {}
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #3f9ff102
+# %% ../../nbs/05c_ppo.constitution.ipynb #86d939df
 def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None, dict]:
     "What PPO follows in this round, or None; why, and what was measured."
     from deepseek_cookbook.reward.model import load_reward, train_reward
@@ -321,7 +322,7 @@ def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None
     if not (report["passed"] or r.own.force): return None, figures | dict(reward="none: the gate refused it")
     return load_reward(home, normalize=True, exact=False), figures | dict(reward="model")
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #6d40e669
+# %% ../../nbs/05c_ppo.constitution.ipynb #8bc24de8
 def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) -> tuple[Path, dict]:
     "Compare, train a reward model, follow it by PPO; returns the adapter that the round ends with."
     pairs, report = preferences(r, base, rows)
@@ -336,7 +337,7 @@ def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) ->
         write_json(r.folder / "ppo" / "figures.json", ppo)
     return r.folder / "ppo" / "adapter", figures | dict(ppo=read_json(r.folder / "ppo" / "figures.json"))
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #b926cbd1
+# %% ../../nbs/05c_ppo.constitution.ipynb #8311dd45
 def start_policy(r: Round) -> dict:
     "Train the complying start and measure it; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
@@ -357,7 +358,7 @@ def _merge(r: Round, adapter: Path):
     kind = str(precision().weights).removeprefix("torch.")
     merge_adapter(r.settings["model"]["name"], adapter, r.folder / "model", dtype=kind)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #8cb3c52b
+# %% ../../nbs/05c_ppo.constitution.ipynb #c963e832
 def one_round(r: Round, base: str, train: Callable | None) -> dict:
     "Both halves of a round, each with its measurement; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
@@ -372,7 +373,7 @@ def one_round(r: Round, base: str, train: Callable | None) -> dict:
     write_json(r.folder / "result.json", result)
     return result
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #a7da65b0
+# %% ../../nbs/05c_ppo.constitution.ipynb #4aaf4040
 def constitution_phase(
     settings: Settings,  # [constitution], [model], [lora], [sft], [reward], [gate], [ppo], [rollout], …
     run: RunFolder,
