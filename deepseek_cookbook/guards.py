@@ -143,6 +143,12 @@ class MonitorConfig:
     length_action: Action = Action.NOTE
     grad_norm_band: tuple[float, float] | None = (2.0, 5.0)  # article C
     grad_norm_action: Action = Action.NOTE
+    kl_max: float | None = 1.0  # nats a token from the reference: beyond it a policy has gone elsewhere (PPO)
+    kl_max_action: Action = Action.STOP
+    kl_min: float | None = -0.05  # nats a token; KL can't be negative: tokens weren't drawn from the policy
+    kl_min_action: Action = Action.NOTE
+    distinct_min: float | None = 0.2  # share of different answers in a batch (PPO)
+    distinct_action: Action = Action.NOTE
     kl_growth_max: float | None = 0.05  # nats a step, article A
     kl_growth_action: Action = Action.NOTE
     ppo_loss_band: tuple[float, float] | None = (0.8, 1.2)  # article A
@@ -157,6 +163,9 @@ _ADVICE = {
     "entropy": "One answer to everything: look at samples, raise beta or the entropy bonus.",
     "length": "Answers shrink: look at the end-of-turn token and at what the reward pays for.",
     "grad_norm": "The band is the article's; it depends on what is trained.",
+    "kl_max": "The policy is far from the reference, often because it found a hole in the reward: read samples.",
+    "kl_min": "Negative for long: check temperature, top_k, top_p, dropout, and that old and new are one function.",
+    "distinct": "One answer to everything: look at samples; raise beta or the entropy bonus.",
     "kl": "The policy leaves the reference: raise beta or lower the learning rate.",
     "ppo_loss": "The band is the article's; it depends on the weights of the loss terms.",
     "reward": "The reward hardly moves: look at its spread within a batch, and at samples.",
@@ -173,6 +182,9 @@ def make_guards(config: MonitorConfig | None = None) -> list[Guard]:
              (c.entropy_share, "entropy", "entropy", lambda x: collapses(x, w), c.entropy_action),
              (c.length_share, "length", "completion_length", lambda x: collapses(x, w), c.length_action),
              (c.grad_norm_band, "grad_norm", "grad_norm", band, c.grad_norm_action),
+             (c.kl_max, "kl_max", "kl", lambda x: outside(-math.inf, x, w), c.kl_max_action),
+             (c.kl_min, "kl_min", "kl", lambda x: outside(x, math.inf, w), c.kl_min_action),
+             (c.distinct_min, "distinct", "distinct", lambda x: outside(x, math.inf, w), c.distinct_action),
              (c.kl_growth_max, "kl", "kl", lambda x: grows_faster(x, 2 * w, w), c.kl_growth_action),
              (c.ppo_loss_band, "ppo_loss", "ppo_loss", band, c.ppo_loss_action),
              (c.reward_slope_min, "reward", "reward", lambda x: grows_slower(x, w), c.reward_slope_action)]

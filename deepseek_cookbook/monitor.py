@@ -191,7 +191,9 @@ def on_train_end(self: MonitorCallback, args, state, control, model=None, **kwar
 # %% ../nbs/00i_monitor.ipynb #327d46c7
 PANELS = {
     "Training loss": ("loss",), "Validation loss": ("eval_loss",), "PPO loss": ("ppo_loss",),
-    "Learning rate": ("learning_rate",), "Gradient norm": ("grad_norm",), "KL to the reference (nats)": ("kl",),
+    "Learning rate": ("learning_rate",), "Gradient norm": ("grad_norm",), "KL to the reference (nats)": ("kl", "kl_k3"),
+    "KL of a step's updates (nats)": ("approx_kl",), "Cost": ("cost", "cost_limit"), "Prices": ("kl_coef", "lagrange"),
+    "Explained variance": ("explained_variance",), "Different answers (share)": ("distinct",),
     "Reward": ("reward", "eval_reward"), "Entropy (nats)": ("entropy", "eval_entropy"),
     "Completion length (tokens)": ("completion_length", "completions/mean_length"),
     "Speed (tokens/s)": ("tokens_per_second",),

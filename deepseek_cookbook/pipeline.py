@@ -38,10 +38,13 @@ PHASES = (
     Phase("reward", "preference pairs, a reward model, the gate", "deepseek_cookbook.reward.gate:reward_phase",
           ("run", "model", "lora", "reward", "reward_model", "gate", "monitor"), (),
           ("metrics.jsonl", "train.jsonl", "heldout.jsonl", "ood.jsonl", "gate.json", "reward.json")),
+    Phase("ppo", "PPO from the SFT adapter, measured before and after", "deepseek_cookbook.ppo.task:ppo_phase",
+          ("run", "model", "lora", "rollout", "ppo", "task", "monitor"), ("sft", "reward"),
+          ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors")),
     Phase("evaluate", "held-out loss and answers, before and after",
           "deepseek_cookbook.evaluate.metrics:evaluate_phase", ("run", "model", "evaluate"), ("data", "sft")),
     Phase("report", "one page with every number", "deepseek_cookbook.report:report_phase",
-          ("run",), ("data", "sft", "reward", "evaluate")),
+          ("run",), ("data", "sft", "reward", "ppo", "evaluate")),
 )
 
 # %% ../nbs/10_pipeline.ipynb #bbee0f05

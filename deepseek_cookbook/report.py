@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'MACROS', 'SECTION_OF', 'render', 'minutes', 'data_section', 'sft_section', 'reward_section',
-           'evaluate_section', 'outcome', 'phase_rows', 'figures', 'ReportError', 'report_html', 'report_phase']
+           'ppo_section', 'evaluate_section', 'outcome', 'phase_rows', 'figures', 'ReportError', 'report_html',
+           'report_phase']
 
 # %% ../nbs/10a_report.ipynb #7700a83c
 import base64, datetime
@@ -104,6 +105,25 @@ against this reward.</p>{{ table(["measure", "value", "95 % interval", "pairs", 
 <p><img alt="calibration" src="data:image/png;base64,{{ picture }}"></p>""", r=r, rows=rows,
                   picture=base64.b64encode(to_png(plot_calibration(r["calibration"]))).decode())
 
+# %% ../nbs/10a_report.ipynb #321fae46
+def ppo_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
+    "Curves and guards of the policy's training, and what it answers now."
+    r, rows = record["result"], read_metrics(run.root / "ppo" / "metrics.jsonl")
+    before, after = (r["heldout"][side] for side in ("before", "after"))
+    names = [k for k in before if k not in ("error", "n")]
+    table = [(k.replace("_", " "), f"{before[k]:.3f}", f"{after[k]:.3f}") for k in names]
+    answers = [(a["question"], f"{a['before']} [{a['before_score']:g}]", f"{a['after']} [{a['after_score']:g}]")
+               for a in r["heldout"]["answers"]]
+    facts = render("""<p>{{ r.steps }} steps, {{ r.completion_tokens }} sampled tokens, {{ "%.2f"|format(r.samples_per_second) }}
+samples/s{% if r.resumed_from is not none %}; resumed from step {{ r.resumed_from }}{% endif %}. The weights are those of step
+{{ r.restored_to }}{% if r.stopped %}: guard {{ r.stopped.guard }} stopped the run at step {{ r.stopped.step }}{% endif %}.
+On {{ r.heldout.before.n }} prompts of templates that training never saw, the reward that a rule can check rose by
+<b>{{ "%+.3f"|format(r.heldout.gain) }}</b> (standard error {{ "%.3f"|format(r.heldout.gain_error) }}, paired).</p>
+{{ table(["on held-out prompts", "before", "after"], rows) }}
+<h3>Answers, before and after</h3>{{ table(["question", "before [reward]", "after [reward]"], answers, wide=True) }}""",
+                   r=r, rows=table, answers=answers)
+    return dashboard_html(rows, make_guards(settings.build("monitor")), "PPO").replace("</h2>", "</h2>" + facts, 1)
+
 # %% ../nbs/10a_report.ipynb #9e513839
 def evaluate_section(record: dict, **_) -> str:
     "Losses with their interval, and answers side by side."
@@ -120,7 +140,8 @@ truer: read them.</p>{{ table(["question", "reference", "before", "after"], answ
                   r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high)
 
 # %% ../nbs/10a_report.ipynb #b08a42c0
-SECTION_OF = {"data": data_section, "sft": sft_section, "reward": reward_section, "evaluate": evaluate_section}
+SECTION_OF = {"data": data_section, "sft": sft_section, "reward": reward_section, "ppo": ppo_section,
+              "evaluate": evaluate_section}
 
 def outcome(name: str, r: dict) -> str:
     "One line on what a phase brought."
@@ -131,6 +152,9 @@ def outcome(name: str, r: dict) -> str:
         return f"{r['steps']} steps, {r['trainable_share']:.2%} of the weights, {speed} tokens/s"
     if name == "reward":
         return f"pair accuracy {r['gate'][0]['value']:.3f}, gate {'passed' if r['passed'] else 'not passed'}"
+    if name == "ppo":
+        h = r["heldout"]
+        return f"held-out reward {h['before']['reward']:.3f} -> {h['after']['reward']:.3f}, KL {h['after']['kl']:.3f} nats a token"
     if name == "evaluate":
         return f"held-out loss {r['before']['loss']:.3f} -> {r['after']['loss']:.3f} ({-r['fall']:+.1%})"
     return r.get("path", "")
@@ -149,6 +173,9 @@ def figures(records: dict[str, dict]) -> list[tuple[str, str]]:
         out.append(("tokens a second in SFT", f"{speed:.0f}"))
     if "reward" in records:
         out.append(("pair accuracy of the reward", f"{records['reward']['result']['gate'][0]['value']:.3f}"))
+    if "ppo" in records:
+        out += [(f"reward of the policy {side}", f"{records['ppo']['result']['heldout'][side]['reward']:.3f}")
+                for side in ("before", "after")]
     if "evaluate" in records:
         r = records["evaluate"]["result"]
         out += [(f"held-out loss {side}", f"{r[side]['loss']:.3f}") for side in ("before", "after")]

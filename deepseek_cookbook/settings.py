@@ -30,6 +30,9 @@ SECTIONS = {
     "reward": "trl:RewardConfig",
     "reward_model": "deepseek_cookbook.reward.model:RewardModelConfig",
     "gate": "deepseek_cookbook.reward.gate:GateConfig",
+    "rollout": "deepseek_cookbook.ppo.rollout:RolloutConfig",
+    "ppo": "deepseek_cookbook.ppo.train:PPOConfig",
+    "task": "deepseek_cookbook.ppo.task:TaskConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",
     "evaluate": "deepseek_cookbook.evaluate.metrics:EvaluateConfig",
 }
