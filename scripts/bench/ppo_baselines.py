@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 METHODS = ("PPO", "GRPO", "RLOO")
 # What a profile needs to be done in seconds (tiny) or minutes (laptop).
 SIZES = {
-    "tiny": dict(episodes=512, batch=32, new_tokens=32, held=64, sft_steps=150, sft_rate=1e-2, learning_rate=2e-3),
+    "tiny": dict(episodes=512, batch=32, new_tokens=64, held=64, sft_steps=200, sft_rate=3e-3, learning_rate=1e-3),
     "laptop": dict(episodes=192, batch=16, new_tokens=40, held=48, sft_steps=16, sft_rate=1e-3, learning_rate=5e-4),
 }
 
@@ -50,7 +50,8 @@ def make_start(plan: dict, folder: str) -> dict:
 
     transformers.set_seed(plan["data_seed"])
     model, tokenizer = load_model(plan["model"], dtype="float32"), load_tokenizer(plan["model"])
-    model = get_peft_model(model, LoraConfig(**plan["lora"]))
+    if plan["profile"] != "tiny":  # random weights learn nothing through an adapter
+        model = get_peft_model(model, LoraConfig(**plan["lora"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=plan["sft_rate"])
     talks, batch, loss = questions(plan)[2], 8, None
     for step in range(plan["sft_steps"]):
@@ -63,7 +64,8 @@ def make_start(plan: dict, folder: str) -> dict:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.merge_and_unload().save_pretrained(folder)
+    whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return dict(sft_loss=float(loss) if loss is not None else None)
 
@@ -84,21 +86,17 @@ def look(model, tokenizer, plan: dict, held: list[dict], off) -> dict:
 
 
 class Counted:
-    "The reward, and how many completions and tokens it has seen."
+    "The reward, with what it has seen: completions, their tokens (where the trainer passes them), columns."
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.completions, self.tokens, self.columns = tokenizer, 0, 0, set()
-        self.__name__ = "gold_reward"
+    def __init__(self):
+        self.completions, self.tokens, self.columns, self.__name__ = 0, 0, set(), "gold_reward"
 
     def __call__(self, prompts, completions, **columns):
-        from deepseek_cookbook.reward.pairs import gold_reward, text_of
+        from deepseek_cookbook.reward.pairs import gold_reward
 
         self.completions, self.columns = self.completions + len(completions), self.columns | set(columns)
-        texts = [text_of(c) for c in completions]
-        ids = columns.get("completion_ids")
-        counts = map(len, ids) if ids else (len(i) + 1 for i in self.tokenizer(texts, add_special_tokens=False).input_ids)
-        self.tokens += sum(counts)
-        return gold_reward(prompts, texts, intent=columns["intent"])
+        self.tokens += sum(map(len, columns.get("completion_ids") or []))
+        return gold_reward(prompts, completions, intent=columns["intent"])
 
 
 def group_trainer(method: str, plan: dict, model, tokenizer, rows: list[dict], reward, folder: str):
@@ -146,7 +144,7 @@ def run(plan: dict, method: str, folder: str) -> dict:
     transformers.set_seed(plan["seed"])
     model, tokenizer = load_model(plan["start"], dtype="float32"), load_tokenizer(plan["start"])
     rows, held, _ = questions(plan)
-    reward = Counted(tokenizer)
+    reward = Counted()
     if method == "PPO":
         trainer = ppo_trainer(plan, model, tokenizer, rows, reward, folder)
         policy, off = trainer.models.policy, trainer.models.as_reference
@@ -160,8 +158,9 @@ def run(plan: dict, method: str, folder: str) -> dict:
     trainer.train()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     after = look(policy.eval(), tokenizer, plan, held, off)
+    tokens = trainer.counts["tokens"] if method == "PPO" else reward.tokens
     return dict(before=before, after=after, wall=wall, cpu=cpu, peak=peak_gib(), completions=reward.completions,
-                tokens=reward.tokens, columns=sorted(reward.columns), seed=plan["seed"])
+                tokens=tokens, columns=sorted(reward.columns), seed=plan["seed"])
 
 
 def error(xs: list[float]) -> float:
