@@ -67,7 +67,7 @@ def make_start(plan: dict, folder: str) -> dict:
     whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return dict(sft_loss=float(loss) if loss is not None else None)
+    return dict(sft_loss=None if loss is None else loss.item())
 
 
 def look(model, tokenizer, plan: dict, held: list[dict], off) -> dict:
