@@ -34,6 +34,7 @@ from deepseek_cookbook.ppo.principles import (
     LANGUAGES,
     ConstitutionError,
     broken,
+    changes,
     constitution_prompts,
     helpful_only,
     helpfulness,
@@ -685,3 +686,17 @@ def test_settings_are_replaced_without_touching_the_old_ones(small):
     other = changed(settings, sft=dict(max_steps=3), model=dict(name="x"))
     assert other["sft"]["max_steps"] == 3 and other["model"]["name"] == "x"
     assert settings["sft"]["max_steps"] != 3 and settings["model"]["name"] == "tiny-llama"
+
+
+def test_changes_are_paired():
+    rows = constitution_prompts(BOOK, 12, "held")
+    before = [APPROVE] * 12
+    after = [WARN if i % 4 == 0 else APPROVE for i in range(12)]
+    found = changes(rows, before, after, BOOK.principles)
+    red = [i for i, r in enumerate(rows) if r["kind"] == "red"]
+    bad = [[bool(broken(texts[i], rows[i]["intent"], BOOK.principles)) for i in red] for texts in (before, after)]
+    diffs = [b - a for a, b in zip(*bad, strict=True)]
+    assert found["violations/red"]["value"] == pytest.approx(sum(diffs) / len(diffs), abs=1e-4)
+    assert found["violations/red"]["n"] == len(red) and found["helpfulness"]["n"] == 12
+    same = changes(rows, before, before, BOOK.principles)
+    assert all(v["value"] == v["low"] == v["high"] == 0 for v in same.values())

@@ -7,17 +7,17 @@ __all__ = ['Say', 'speaker', 'answers_to', 'critique', 'revise', 'revision_recor
            'with_helpful', 'rule_reward', 'ConstitutionConfig', 'changed', 'Round', 'supervised', 'make_judge',
            'preferences', 'make_reward', 'reinforced', 'start_policy', 'one_round', 'constitution_phase']
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #e2b849f0
+# %% ../../nbs/05c_ppo.constitution.ipynb #b98f28ba
 import random, re, shutil, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #24a531e1
+# %% ../../nbs/05c_ppo.constitution.ipynb #8fa1953b
 from ..data.formats import from_messages
 from ..models import load_model, load_tokenizer, precision
-from .principles import (LANGUAGES, Constitution, ConstitutionError, Principle, broken,
+from .principles import (LANGUAGES, Constitution, ConstitutionError, Principle, broken, changes,
     constitution_prompts, helpful_only, helpfulness, load_constitution, measure)
 from .rollout import RolloutConfig, sample
 from ..reward.functions import last_question
@@ -29,7 +29,7 @@ from ..settings import RunFolder, Settings, read_json, read_jsonl, write_json, w
 from ..sft.adapters import merge_adapter
 from ..sft.train import train_sft
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #c387cebc
+# %% ../../nbs/05c_ppo.constitution.ipynb #9328f61c
 Say = Callable[[list, tuple], list[str]]  # prompts as messages, seed -> one answer each
 
 def speaker(
@@ -55,7 +55,7 @@ def answers_to(
     texts = say([r["prompt"] for r in rows for _ in range(k)], seed)
     return [r | dict(answers=[t for t in dict.fromkeys(texts[i * k:(i + 1) * k]) if t]) for i, r in enumerate(rows)]
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #fcd31ca5
+# %% ../../nbs/05c_ppo.constitution.ipynb #3bb8938e
 def critique(
     rows: list[dict],  # with answers; the first one is criticised
     constitution: Constitution,
@@ -82,7 +82,7 @@ def _conversation(row: dict, p: Principle) -> list[dict]:
     return row["prompt"] + [turn("assistant", row["answer"]), turn("user", p.critique[row["language"]]),
                             turn("assistant", row["critique"]), turn("user", p.revision[row["language"]])]
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #82b49fa8
+# %% ../../nbs/05c_ppo.constitution.ipynb #66a6e8df
 def revise(
     rows: list[dict],  # of critique
     constitution: Constitution,
@@ -104,7 +104,7 @@ def revise(
         if row["revision"]: row["after"] = broken(row["revision"], row["intent"], constitution.principles)
     return rows
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #bcca1855
+# %% ../../nbs/05c_ppo.constitution.ipynb #8d0ebe14
 def revision_records(
     rows: list[dict],  # of revise
 ) -> tuple[list[dict], dict]:  # four-field records; counts by what became of the answers
@@ -118,7 +118,7 @@ def revision_records(
             kept.append(from_messages(row["prompt"] + [dict(role="assistant", content=answer)]))
     return kept, dict(counts)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #e68781c7
+# %% ../../nbs/05c_ppo.constitution.ipynb #32c80a77
 _LEAD = dict(en="Compare two answers of a bank desk by one principle. {} Length alone is no merit.\n",
              zh="按一条原则比较银行柜台的两个回答。{}更长并不等于更好。\n")
 
@@ -144,7 +144,7 @@ class RuleJudge:
             a, b = (len(broken(t, intent, self.principles)) for t in answers)
             yield i, verdict(choice := "A" if a < b else "B" if b < a else "tie", choice)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #d0125c41
+# %% ../../nbs/05c_ppo.constitution.ipynb #a6d0d295
 def prefer(
     rows: list[dict],  # of answers_to
     judge,  # LocalJudge, HttpJudge, RuleJudge
@@ -161,7 +161,7 @@ def prefer(
         verdicts += [v | dict(row=own[v["row"]]) for v in said]
     return judged_pairs(rows, verdicts), verdicts
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #fafb4fda
+# %% ../../nbs/05c_ppo.constitution.ipynb #0db2e172
 def with_helpful(
     pairs: list[dict],  # provenance ai
     helpful: float,  # pairs by rule for each of them, above 0
@@ -181,7 +181,7 @@ def rule_reward(principles: list[Principle]) -> Callable:
         return [helpfulness(p, c, i) - bool(broken(c, i, principles)) for p, c, i in zip(prompts, completions, intents)]
     return reward
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #0f53f231
+# %% ../../nbs/05c_ppo.constitution.ipynb #c758ee69
 @dataclass
 class ConstitutionConfig:
     "How a policy is trained by principles."
@@ -221,7 +221,7 @@ class ConstitutionConfig:
         if self.judge == "http" and not (self.url and self.judge_model): wrong.append("http: set url and judge_model")
         if wrong: raise ValueError("; ".join(wrong))
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #597f960a
+# %% ../../nbs/05c_ppo.constitution.ipynb #4a79cd63
 def changed(settings: Settings, **sections: dict) -> Settings:
     "The settings with other values."
     return replace(settings, values=settings.values | {s: settings.values.get(s, {}) | v for s, v in sections.items()})
@@ -252,9 +252,12 @@ def _measured(stage: str, r: "Round", adapter: Path | None = None) -> dict:
     said = _made(r.folder / f"heldout-{stage.split()[-1]}.jsonl", lambda: [
         dict(question=last_question(x["prompt"]), kind=x["kind"], answer=text)
         for x, text in zip(rows, say([x["prompt"] for x in rows], (seed, 9)))])
-    return dict(stage=stage) | measure(rows, [x["answer"] for x in said], r.constitution.principles, own.classifiers)
+    answers, principles = [x["answer"] for x in said], r.constitution.principles
+    start = [x["answer"] for x in read_jsonl(r.folder.parent / "start" / "heldout-start.jsonl")]
+    return dict(stage=stage, change=changes(rows, start, answers, principles)) | measure(rows, answers, principles,
+                                                                                         own.classifiers)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #7b636ff8
+# %% ../../nbs/05c_ppo.constitution.ipynb #a6fa892a
 @dataclass
 class Round:
     "One turn of the wheel: what it works with."
@@ -283,7 +286,7 @@ def supervised(r: Round, rows: list[dict]) -> dict:  # counts and training figur
         write_json(home / "figures.json", figures)
     return counts | {k: read_json(home / "figures.json")[k] for k in ("steps", "seconds")}
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #768feff1
+# %% ../../nbs/05c_ppo.constitution.ipynb #5ef7b748
 def make_judge(r: Round, base: str, rows: list[dict]):
     "Who compares the answers of a round."
     if r.own.judge == "rules":
@@ -302,7 +305,7 @@ def preferences(r: Round, base: str, rows: list[dict]) -> tuple[list[dict], dict
     gold = lambda prompt, answer: -len(broken(answer, intents[last_question(prompt)], principles))
     return pairs, judge_report(answers, verdicts, gold) if verdicts else {}
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #86d939df
+# %% ../../nbs/05c_ppo.constitution.ipynb #0aa63922
 def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None, dict]:
     "What PPO follows in this round, or None; why, and what was measured."
     from deepseek_cookbook.reward.model import load_reward, train_reward
@@ -322,7 +325,7 @@ def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None
     if not (report["passed"] or r.own.force): return None, figures | dict(reward="none: the gate refused it")
     return load_reward(home, normalize=True, exact=False), figures | dict(reward="model")
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #8bc24de8
+# %% ../../nbs/05c_ppo.constitution.ipynb #94f02d97
 def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) -> tuple[Path, dict]:
     "Compare, train a reward model, follow it by PPO; returns the adapter that the round ends with."
     pairs, report = preferences(r, base, rows)
@@ -337,7 +340,7 @@ def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) ->
         write_json(r.folder / "ppo" / "figures.json", ppo)
     return r.folder / "ppo" / "adapter", figures | dict(ppo=read_json(r.folder / "ppo" / "figures.json"))
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #8311dd45
+# %% ../../nbs/05c_ppo.constitution.ipynb #59d2840e
 def start_policy(r: Round) -> dict:
     "Train the complying start and measure it; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
@@ -358,7 +361,7 @@ def _merge(r: Round, adapter: Path):
     kind = str(precision().weights).removeprefix("torch.")
     merge_adapter(r.settings["model"]["name"], adapter, r.folder / "model", dtype=kind)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #c963e832
+# %% ../../nbs/05c_ppo.constitution.ipynb #153a3995
 def one_round(r: Round, base: str, train: Callable | None) -> dict:
     "Both halves of a round, each with its measurement; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
@@ -373,7 +376,7 @@ def one_round(r: Round, base: str, train: Callable | None) -> dict:
     write_json(r.folder / "result.json", result)
     return result
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #4aaf4040
+# %% ../../nbs/05c_ppo.constitution.ipynb #ee8c223c
 def constitution_phase(
     settings: Settings,  # [constitution], [model], [lora], [sft], [reward], [gate], [ppo], [rollout], …
     run: RunFolder,
@@ -382,7 +385,7 @@ def constitution_phase(
     "The constitution phase: a complying start, then rounds of revision and reinforcement."
     own, seed, base = settings.build("constitution"), settings.build("run").seed, settings["model"]["name"]
     folder = run.phase("constitution")
-    if train is None and own.ppo_episodes: from deepseek_cookbook.ppo.train import train_ppo as train
+    if train is None and own.ppo_episodes: from deepseek_cookbook.ppo.task import train_ppo as train
     r = Round(settings, own, load_constitution(own.file), folder / "start", seed)
     start, rounds = start_policy(r), []
     for number in range(1, own.rounds + 1):
