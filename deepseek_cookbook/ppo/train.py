@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PPOError', 'PPOConfig', 'PPOTrainer']
 
-# %% ../../nbs/05b_ppo.train.ipynb #8b91795c
+# %% ../../nbs/05b_ppo.train.ipynb #34110e37
 import math, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.std import tqdm
 from transformers import get_scheduler
 
-# %% ../../nbs/05b_ppo.train.ipynb #9dcfaa00
+# %% ../../nbs/05b_ppo.train.ipynb #c8089e84
 from ..guards import Action, Decision, Watch
 from ..models import precision
 from ..monitor import peak_memory_gib, scale_lr
@@ -36,7 +36,7 @@ from ..runlog import MetricsLog
 from ..settings import write_jsonl, read_jsonl
 from ..sft.distributed import is_main, on_main, rank, world_size
 
-# %% ../../nbs/05b_ppo.train.ipynb #39c36286
+# %% ../../nbs/05b_ppo.train.ipynb #db633492
 class PPOError(RuntimeError):
     "A run that can't start or go on; the message says why and what to do."
 
@@ -86,7 +86,7 @@ class PPOConfig:
     save_total_limit: int = 2  # checkpoints beside the first and the best
     log_samples: int = 4  # rows of samples.jsonl a checkpoint
 
-# %% ../../nbs/05b_ppo.train.ipynb #2f330e39
+# %% ../../nbs/05b_ppo.train.ipynb #fd368df7
 @patch
 def __post_init__(self: PPOConfig):
     least = dict(total_episodes=1, batch_size=1, num_mini_batches=1, num_ppo_epochs=1, per_device_train_batch_size=1,
@@ -104,7 +104,7 @@ def __post_init__(self: PPOConfig):
         f"{self.num_mini_batches} minibatches: write a multiple of {share}")
     if wrong: raise PPOError("; ".join(wrong))
 
-# %% ../../nbs/05b_ppo.train.ipynb #19fd6411
+# %% ../../nbs/05b_ppo.train.ipynb #aafe6802
 class PPOTrainer:
     "Samples, scores, learns; watches itself, and goes on where it was cut off."
     def __init__(self,
@@ -133,7 +133,7 @@ class PPOTrainer:
         self.log = log or MetricsLog(self.folder / "metrics.jsonl")
         self.prepare(guards)
 
-# %% ../../nbs/05b_ppo.train.ipynb #35c57d7a
+# %% ../../nbs/05b_ppo.train.ipynb #a9de4370
 @patch
 def prepare(self: PPOTrainer, guards):
     "Everything that changes during a run; refuses prompts that the model can't read."
@@ -156,7 +156,7 @@ def prepare(self: PPOTrainer, guards):
     self.watch = Watch(self.log, guards, {Action.STOP: self.stop, Action.RAISE_BETA: lambda d: self.kl.scale(2.0),
         Action.LOWER_LR: lambda d: scale_lr(self.optimizer, self.scheduler, 0.5)})
 
-# %% ../../nbs/05b_ppo.train.ipynb #6f08b3b0
+# %% ../../nbs/05b_ppo.train.ipynb #4e3f2084
 @contextmanager
 def _clock(spent: dict, name: str):
     "Add the seconds of a block to `spent[name]`."
@@ -183,11 +183,11 @@ def ask(self: PPOTrainer) -> Batch:
     with _clock(self.spent, "reward"): batch = scored(rows, rollout, self.reward, self.cost)
     if self.config.missing_eos_penalty:
         batch.score_B = penalize_unended(batch.score_B, batch.rollout.ended_B, self.config.missing_eos_penalty)
-    if not self.replay: return batch
+    if self.replay is None: return batch
     count = round(self.config.replay * self.config.batch_size / world_size())
     return with_replayed(batch, self.replay, count, step, (self.seed, step, rank()), self.stops, self.tokenizer)
 
-# %% ../../nbs/05b_ppo.train.ipynb #adb73d85
+# %% ../../nbs/05b_ppo.train.ipynb #dcd0a6b0
 @patch
 def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[int]]]:  # updates, micro-batches, rows
     "Who is learnt from together: an order that depends on seed, step and epoch only."
@@ -212,7 +212,7 @@ def whitened(self: PPOTrainer, x_BC: torch.Tensor, mask_BC: torch.Tensor) -> tor
     spread = self.summed((x_N - total / n).square().sum())
     return torch.where(mask_BC, (x_BC - total / n) * torch.rsqrt(spread / (n - 1) + 1e-8), 0.0)
 
-# %% ../../nbs/05b_ppo.train.ipynb #17e089c7
+# %% ../../nbs/05b_ppo.train.ipynb #3087309e
 @patch
 def learn_from(self: PPOTrainer, batch: Batch, rows: list[int], num_items: torch.Tensor) -> dict[str, torch.Tensor]:
     "Gradients of some rows, as their share of the minibatch of all processes: first the policy's, then the value's."
@@ -236,7 +236,7 @@ def learn_from(self: PPOTrainer, batch: Batch, rows: list[int], num_items: torch
     return dict(ppo_loss=ppo_loss(policy, value, entropy, c.vf_coef, c.entropy_coef), policy_loss=policy,
                 value_loss=value, value_clip_fraction=cut, **found)
 
-# %% ../../nbs/05b_ppo.train.ipynb #bdce0e93
+# %% ../../nbs/05b_ppo.train.ipynb #94ba98e8
 @patch
 def clip(self: PPOTrainer, group: list[torch.Tensor]) -> float:  # L2 norm before clipping
     "Add the gradients of all processes, and clip them."
@@ -262,7 +262,7 @@ def one_update(self: PPOTrainer, batch: Batch, micro_batches: list[list[int]]) -
     if self.counts["in_a_row"] >= self.config.max_skipped: self.give_up(batch, rows)
     return totals | dict(ratio_max=float(max(tops)), sound=sound)
 
-# %% ../../nbs/05b_ppo.train.ipynb #38625105
+# %% ../../nbs/05b_ppo.train.ipynb #05871c2a
 @patch
 def give_up(self: PPOTrainer, batch: Batch, rows: list[int]):
     "Leave the last minibatch on disk, and stop."
@@ -285,7 +285,7 @@ def update(self: PPOTrainer, batch: Batch) -> dict:
     means = {k: float(np.mean([s[k] for s in sound])) for k in sound[0] if k not in ("sound", "ratio_max", "ratio")}
     return means | dict(ratio_first=seen[0]["ratio_max"], ratio_max=max(s["ratio_max"] for s in sound), updates=len(seen))
 
-# %% ../../nbs/05b_ppo.train.ipynb #d6a38259
+# %% ../../nbs/05b_ppo.train.ipynb #5fa4b6a6
 @patch
 def one_step(self: PPOTrainer) -> dict:
     "Ask, look back, learn; then adjust what controls the run."
@@ -302,21 +302,21 @@ def one_step(self: PPOTrainer) -> dict:
     found |= dict(objective=found["reward"] - c.kl_coef * found["kl_per_completion"])
     self.kl.update(found["kl_per_completion"], c.batch_size)
     if self.price: self.price.update(found["cost"])
-    if self.replay: keep_for_replay(batch, self.replay, n["done"])
+    if self.replay is not None: keep_for_replay(batch, self.replay, n["done"])
     self.scheduler.step()
     n["done"], n["tokens"] = n["done"] + 1, n["tokens"] + round(found.pop("completion_tokens") * world_size())
     times = {f"seconds_{k}": round(v, 3) for k, v in self.spent.items()}
     return found | times | dict(num_tokens=n["tokens"], epoch=n["done"] * c.batch_size / len(self.rows),
         samples_per_second=c.batch_size / (time.perf_counter() - began), memory_gib=peak_memory_gib())
 
-# %% ../../nbs/05b_ppo.train.ipynb #df272948
+# %% ../../nbs/05b_ppo.train.ipynb #e3e11c9d
 @patch
 def state(self: PPOTrainer) -> dict:
     "What a checkpoint holds beside weights and optimizer; of all processes."
     found = dict(counts=self.counts, kl=self.kl.state_dict(), price=self.price and self.price.state_dict(),
                  scheduler={k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}, samples=self.samples,
                  objectives=self.objectives, stopped=self.stopped, key=self.key(), processes=world_size())
-    found["replay"] = gather_object([self.replay and self.replay.state_dict()])
+    found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
     recent = self.objectives[-5:]
     means = [sum(r[i] for r in recent) / len(recent) if recent else None for i in (0, 1)]
     limit = self.config.cost_limit
@@ -339,7 +339,7 @@ def save(self: PPOTrainer):
         write_jsonl(self.folder / "samples.jsonl", self.samples)
     on_main(write)
 
-# %% ../../nbs/05b_ppo.train.ipynb #9636f420
+# %% ../../nbs/05b_ppo.train.ipynb #0063d755
 @patch
 def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     "Go on from the newest checkpoint, where there is one."
@@ -353,7 +353,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     self.stopped = state["stopped"]
     self.kl.load_state_dict(state["kl"])
     if self.price: self.price.load_state_dict(state["price"])
-    if self.replay: self.replay.load_state_dict(state["replay"][rank()])
+    if self.replay is not None: self.replay.load_state_dict(state["replay"][rank()])
     self.scheduler.load_state_dict(state["scheduler"])
     self.log.rewind(self.counts["done"])
     return there[-1]
@@ -374,7 +374,7 @@ def restore(self: PPOTrainer):
     if self.stopped: self.log.event(self.counts["done"], "restored", self.stopped["guard"],
                                     f"weights of step {step}: the best one up to step {until}")
 
-# %% ../../nbs/05b_ppo.train.ipynb #1da92441
+# %% ../../nbs/05b_ppo.train.ipynb #0763a342
 @patch
 def note_samples(self: PPOTrainer):
     "A few answers of the last step."
@@ -408,7 +408,7 @@ def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     on_main(lambda: save_policy(self.models, self.folder / "adapter") and None)
     return self.figures(resumed) | dict(seconds=round(time.perf_counter() - began, 1))
 
-# %% ../../nbs/05b_ppo.train.ipynb #9f56493f
+# %% ../../nbs/05b_ppo.train.ipynb #b1278445
 @patch
 def figures(self: PPOTrainer, resumed: int | None) -> dict:
     "The measured figures of a run; the quarters are means over steps, with the standard error of the first one."
