@@ -31,7 +31,7 @@ def tiny(monkeypatch):
 
 def measured(total=10.0, peak=2.0, **parts):
     times = dict(total=total, training=total - sum(parts.values())) | parts
-    return dict(wall=dict(times), cpu=dict(times), updates=2, samples=16, tokens=512, peak=peak, imports=0.5, trained=10)
+    return dict(wall=dict(times), cpu=dict(times), updates=2, samples=16, tokens=512, peak=peak, imports=0.5, trained=9)
 
 
 # --- ours beside TRL 1.12 ---
@@ -42,7 +42,10 @@ def test_the_table_says_speed_memory_and_shares_against_trl():
             "TRL": [measured(10, 4, generation=2, reference=2)]}
     head, rule, ours, trl = [[c.strip() for c in line.strip("|").split("|")] for line in ppo.table(runs).split("\n")]
     assert len(head) == len(rule) == len(ours) == len(trl)
-    at = lambda row, name: row[head.index(name)]
+
+    def at(row, name):
+        return row[head.index(name)]
+
     assert at(ours, "samples/CPU s") == "3.20" and at(trl, "samples/CPU s") == "1.60"
     assert at(ours, "to TRL") == "2.00x" and at(trl, "to TRL") == "1.00x"
     assert at(ours, "peak GiB") == "1.50"  # the larger one of two rounds
@@ -121,9 +124,10 @@ def test_both_sides_have_the_same_reward_model():
 
 
 def test_the_baselines_table_has_a_line_a_method_and_the_error_of_all_answers():
-    side = lambda rewards, kl: dict(rewards=rewards, kl=kl)
-    run = lambda kl: dict(before=side([0.0, 0.0], 0.0), after=side([0.0, 1.0], kl), wall=2, cpu=1, peak=1.0,
-                          completions=8, tokens=100, seed=1)
+    def run(kl):
+        before, after = dict(rewards=[0.0, 0.0], kl=0.0), dict(rewards=[0.0, 1.0], kl=kl)
+        return dict(before=before, after=after, wall=2, cpu=1, peak=1.0, completions=8, tokens=100, seed=1)
+
     lines = baselines.table({"PPO": [run(0.1), run(0.3)], "GRPO": [run(0.5)]}).split("\n")
     assert len(lines) == 4
     assert "0.500 ± 0.289" in lines[2] and "| 0.200 |" in lines[2]  # 4 answers of 0, 1, 0, 1; mean KL of two seeds
@@ -155,12 +159,14 @@ def test_every_method_sees_the_right_columns_and_the_same_budget(plan, method, t
 
 
 def test_all_methods_begin_with_the_same_answers(plan, tmp_path):
-    from deepseek_cookbook.models import load_model, load_tokenizer
     from peft import LoraConfig, get_peft_model
 
+    from deepseek_cookbook.models import load_model, load_tokenizer
+
     held, tokenizer = baselines.questions(plan)[1], load_tokenizer(plan["start"])
-    ours = baselines.ppo_trainer(plan, load_model(plan["start"], dtype="float32"), tokenizer, held, lambda **k: [], tmp_path)
-    theirs = get_peft_model(load_model(plan["start"], dtype="float32"), LoraConfig(**plan["lora"]))
+    base, other = (load_model(plan["start"], dtype="float32") for _ in range(2))
+    ours = baselines.ppo_trainer(plan, base, tokenizer, held, print, tmp_path)
+    theirs = get_peft_model(other, LoraConfig(**plan["lora"]))
     a = baselines.look(ours.models.policy, tokenizer, plan, held, ours.models.as_reference)
     b = baselines.look(theirs.eval(), tokenizer, plan, held, theirs.disable_adapter)
     assert a == b

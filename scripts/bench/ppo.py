@@ -44,7 +44,10 @@ def old_environment(folder: Path) -> Path:
     if (folder / ".ready").is_file():
         return python
     shutil.rmtree(folder, ignore_errors=True)
-    run = lambda *command: subprocess.run(command, check=True, stdout=sys.stderr)
+
+    def run(*command):
+        subprocess.run(command, check=True, stdout=sys.stderr)
+
     run(sys.executable, "-m", "venv", "--without-pip", str(folder))
     site = next(folder.glob("lib/python*/site-packages"))
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), TRL)
@@ -97,11 +100,11 @@ class Clock:
         if len(self.marks) <= warm:
             raise SystemExit(f"{len(self.marks)} updates, {warm} of them to warm up: nothing left to measure")
         first, last = self.marks[warm], self.end
-        spent = lambda i, k: last["parts"][k][i] - first["parts"].get(k, (0.0, 0.0))[i]
-        out = {t: dict(total=last[t] - first[t]) | {k: spent(i, k) for k in last["parts"]}
-               for i, t in enumerate(("wall", "cpu"))}
-        for times in out.values():
-            times["training"] = times["total"] - sum(v for k, v in times.items() if k != "total")
+        out = {}
+        for i, t in enumerate(("wall", "cpu")):
+            spent = {k: v[i] - first["parts"].get(k, (0.0, 0.0))[i] for k, v in last["parts"].items()}
+            total = last[t] - first[t]
+            out[t] = spent | dict(total=total, training=total - sum(spent.values()))
         updates = len(self.marks) - warm
         return out | dict(updates=updates, samples=updates * batch, tokens=last["tokens"] - first["tokens"])
 
@@ -134,9 +137,9 @@ class Scorer:
         import torch
 
         from deepseek_cookbook.ppo.rollout import pad_rows, prompt_ids
+        from deepseek_cookbook.reward.pairs import text_of
 
-        text = lambda c: c if isinstance(c, str) else c[0]["content"]
-        rows = [prompt_ids(self.tokenizer, p) + self.tokenizer(text(c), add_special_tokens=False)["input_ids"]
+        rows = [prompt_ids(self.tokenizer, p) + self.tokenizer(text_of(c), add_special_tokens=False)["input_ids"]
                 for p, c in zip(prompts, completions)]
         ids, mask = pad_rows(rows, self.tokenizer.pad_token_id)
         with torch.no_grad(), torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
@@ -286,11 +289,10 @@ def table(runs: dict[str, list[dict]], against: str = "TRL") -> str:
     base, parts = whole.get(against), [p for p in PARTS if any(r["cpu"][p] for r in whole.values())]
     for name, r in whole.items():
         cpu, per = r["cpu"], r["samples"] / r["cpu"]["total"]
-        ratio = lambda a, b: f"{a / b:.2f}x"
         rows.append([
             name, f"{r['samples'] / r['wall']['total']:.2f}", f"{per:.2f}",
-            ratio(per, base["samples"] / base["cpu"]["total"]) if base else "", f"{r['peak']:.2f}",
-            ratio(r["peak"], base["peak"]) if base else "", *(f"{cpu[p] / cpu['total']:.0%}" for p in parts),
+            f"{per * base['cpu']['total'] / base['samples']:.2f}x" if base else "", f"{r['peak']:.2f}",
+            f"{r['peak'] / base['peak']:.2f}x" if base else "", *(f"{cpu[p] / cpu['total']:.0%}" for p in parts),
             f"{r['samples'] / cpu['generation']:.2f}" if cpu["generation"] else "", f"{r['tokens'] / r['samples']:.1f}",
             f"{r['trained'] / 1e6:.1f}"])
     return markdown(["", "samples/s", "samples/CPU s", "to TRL", "peak GiB", "to TRL", *parts,
@@ -299,8 +301,7 @@ def table(runs: dict[str, list[dict]], against: str = "TRL") -> str:
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     "A pipe table, numbers to the right."
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
 
 
 def bound(runs: dict[str, list[dict]]) -> str:
@@ -384,8 +385,9 @@ def main():
                 print(name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)
     lengths = [len(r["input_ids"]) for r in plan["rows"]]
     print(f"PPO on {plan['model']}, {args.batch} completions an update, {args.epochs} epochs of {args.minibatches} "
-          f"minibatches, prompts of {min(lengths)} to {max(lengths)} tokens, up to {args.new_tokens} new ones, LoRA r "
-          f"{plan['lora']['r']}, weights {args.dtype}, autocast {args.autocast}, {os.environ.get('OMP_NUM_THREADS', '1')} thread, "
+          f"minibatches, prompts of {min(lengths)} to {max(lengths)} tokens, {args.new_tokens} new ones, LoRA r "
+          f"{plan['lora']['r']}, weights {args.dtype}, autocast {args.autocast}, "
+          f"{os.environ.get('OMP_NUM_THREADS', '1')} thread, "
           f"{platform.machine()}, {args.updates - 1} updates of {args.rounds} rounds\n")
     print(table(runs), bound(runs), sep="\n\n")
     del plan["rows"]

@@ -172,12 +172,14 @@ def table(runs: dict[str, list[dict]]) -> str:
     "One line a method, means over the seeds; the error is over all held-out answers."
     rows = []
     for name, rs in runs.items():
-        said = lambda when: [x for r in rs for x in r[when]["rewards"]]
-        show = lambda when: f"{statistics.mean(said(when)):.3f} ± {error(said(when)):.3f}"
-        mean = lambda key: statistics.mean(r[key] for r in rs)
-        rows.append([name, show("before"), show("after"), f"{statistics.mean(r['after']['kl'] for r in rs):.3f}",
-                     f"{mean('completions'):.0f}", f"{mean('tokens'):.0f}", f"{mean('wall'):.0f}", f"{mean('cpu'):.0f}",
-                     f"{mean('tokens') / mean('cpu'):.0f}", f"{max(r['peak'] for r in rs):.2f}"])
+        cells = [name]
+        for when in ("before", "after"):
+            said = [x for r in rs for x in r[when]["rewards"]]
+            cells.append(f"{statistics.mean(said):.3f} ± {error(said):.3f}")
+        mean = {k: statistics.mean(r[k] for r in rs) for k in ("completions", "tokens", "wall", "cpu")}
+        cells.append(f"{statistics.mean(r['after']['kl'] for r in rs):.3f}")
+        cells += [f"{x:.0f}" for x in (*mean.values(), mean["tokens"] / mean["cpu"])]
+        rows.append([*cells, f"{max(r['peak'] for r in rs):.2f}"])
     return markdown(["", "reward before", "after", "KL, nats a token", "completions", "tokens", "wall s", "CPU s",
                      "tokens/CPU s", "peak GiB"], rows)
 
@@ -219,7 +221,7 @@ def arguments(argv=None):
     plan = SIZES[args.profile]
     batch, episodes = args.batch or plan["batch"], args.episodes or plan["episodes"]
     if batch % args.group or batch % args.minibatches or episodes % batch:
-        parser.error(f"--batch {batch}: a multiple of --group and --minibatches, and a divisor of --episodes {episodes}")
+        parser.error(f"--batch {batch}: a multiple of --group and --minibatches, a divisor of --episodes {episodes}")
     return args
 
 
@@ -250,9 +252,9 @@ def main():
                 brief = {k: v for k, v in runs[name][-1].items() if k not in ("before", "after")}
                 print(name, json.dumps(brief), file=sys.stderr, flush=True)
     print(f"{plan['model']}, {plan['sft_steps']} supervised steps before, {plan['episodes']} completions of up to "
-          f"{plan['new_tokens']} tokens, {plan['batch']} a step, {plan['epochs']} epochs of {plan['minibatches']} updates, "
-          f"groups of {plan['group']}, KL price {plan['kl_coef']}, learning rate {plan['learning_rate']}, seeds "
-          f"{args.seeds}, {plan['held']} held-out prompts\n\n{table(runs)}")
+          f"{plan['new_tokens']} tokens, {plan['batch']} a step, {plan['epochs']} epochs of {plan['minibatches']} "
+          f"updates, groups of {plan['group']}, KL price {plan['kl_coef']}, learning rate {plan['learning_rate']}, "
+          f"seeds {args.seeds}, {plan['held']} held-out prompts\n\n{table(runs)}")
     write_json(args.json, dict(plan=plan, start=made, runs=runs, table=table(runs)))
 
 
