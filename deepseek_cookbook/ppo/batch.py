@@ -66,6 +66,7 @@ def ask_reward(
     if None in found and reward.on_error == "raise": raise BatchError(
         f"reward {reward.name!r} has no score for {rollout.texts[found.index(None)][:60]!r}: it returned None. Give it one, "
         "or leave such rows out: ppo.on_reward_error = skip.")
+    if None in found: reward.counts["none"] += found.count(None)
     scores = [math.nan if s is None else s for s in found]
     return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids_BC.device)
 
@@ -118,8 +119,7 @@ def keep_for_replay(batch: Batch, replay: Replay, step: int) -> int:  # completi
     "Put the fresh completions into the buffer, and give the replayed ones their new priority."
     surprise = batch.surprise_B.tolist()
     if batch.drawn: replay.set_priorities(list(batch.drawn), surprise[batch.fresh:])
-    fresh = list(range(batch.fresh))
-    rows = rollout_rows(batch.rollout.select(fresh), batch.old_BC[:batch.fresh])
+    rows = rollout_rows(batch.rollout, batch.old_BC)[:batch.fresh]
     rows = [r | dict(score=s, cost=c) for r, s, c in zip(rows, batch.score_B.tolist(), batch.cost_B.tolist())]
     return replay.add(rows, surprise[:batch.fresh], step)
 
