@@ -314,8 +314,8 @@ def one_step(self: PPOTrainer) -> dict:
 def state(self: PPOTrainer) -> dict:
     "What a checkpoint holds beside weights and optimizer; of all processes."
     found = dict(counts=self.counts, kl=self.kl.state_dict(), price=self.price and self.price.state_dict(),
-                 scheduler={k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}, samples=self.samples,
-                 objectives=self.objectives, stopped=self.stopped, key=self.key(), processes=world_size())
+                 scheduler=self.scheduler.state_dict(), samples=self.samples, objectives=self.objectives,
+                 stopped=self.stopped, key=self.key(), processes=world_size())
     found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
     recent = self.objectives[-5:]
     means = [sum(r[i] for r in recent) / len(recent) if recent else None for i in (0, 1)]
