@@ -194,7 +194,8 @@ def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[in
     seed = (self.seed, self.counts["done"], epoch, rank())
     order = np.random.default_rng(seed).permutation(len(batch.rollout))
     length_B = batch.rollout.prompt_mask_BP.sum(1) + batch.rollout.lengths_B
-    parts = [part.tolist() for part in np.array_split(order, self.config.num_mini_batches)]
+    fewest = min(gather_object([len(order)]))  # rows without a score are left out: no update may be empty, in any process
+    parts = [part.tolist() for part in np.array_split(order, min(self.config.num_mini_batches, fewest))]
     return [[[part[i] for i in rows] for rows in by_length(length_B[part], self.config.per_device_train_batch_size)]
             for part in parts]
 
@@ -317,6 +318,7 @@ def state(self: PPOTrainer) -> dict:
                  scheduler=self.scheduler.state_dict(), samples=self.samples, objectives=self.objectives,
                  stopped=self.stopped, key=self.key(), processes=world_size())
     found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
+    found["faults"] = gather_object([dict(self.reward.counts)])
     recent = self.objectives[-5:]
     means = [sum(r[i] for r in recent) / len(recent) if recent else None for i in (0, 1)]
     limit = self.config.cost_limit
@@ -335,7 +337,7 @@ def save(self: PPOTrainer):
     state = self.state()
     def write():
         save_checkpoint(self.folder, self.counts["done"], self.trained, self.optimizer, state)
-        forget(self.folder, self.config.save_total_limit)
+        if not self.stopped: forget(self.folder, self.config.save_total_limit)  # a healthy one may be the last but two
         write_jsonl(self.folder / "samples.jsonl", self.samples)
     on_main(write)
 
@@ -354,6 +356,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     self.kl.load_state_dict(state["kl"])
     if self.price: self.price.load_state_dict(state["price"])
     if self.replay is not None: self.replay.load_state_dict(state["replay"][rank()])
+    self.reward.counts.update(state["faults"][rank()])
     self.scheduler.load_state_dict(state["scheduler"])
     self.log.rewind(self.counts["done"])
     return there[-1]
