@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'Profile', 'Overrides', 'Debug', 'AsJson', 'data', 'clear_errors', 'quiet_libraries', 'cook',
-           'sft_together', 'sft', 'merge', 'push', 'settings', 'fetch', 'doctor', 'plan', 'clean_table', 'data_clean']
+           'as_team', 'phase_together', 'train_phase', 'sft', 'ppo', 'merge', 'push', 'settings', 'fetch', 'doctor',
+           'plan', 'clean_table', 'data_clean']
 
 # %% ../nbs/11_cli.ipynb #8808af4d
 import json, logging, os, sys, warnings
@@ -69,33 +70,52 @@ def cook(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug 
         console.print(f"Report: {settings.run_folder.root / 'report.html'}", markup=False)
 
 # %% ../nbs/11_cli.ipynb #dbaf09e8
-def sft_together(chosen, force: bool = False, tell=print) -> dict:
-    "The SFT phase in all processes that the launcher started; returns its figures in each."
+@contextmanager
+def as_team(debug: bool = False):
+    "`clear_errors` in all processes that a launcher started: the first failure is told once, and ends all."
+    from deepseek_cookbook.sft.distributed import TeamError, leave, one_failure
+    with clear_errors(debug):
+        try:
+            with one_failure(): yield
+        except TeamError: raise typer.Exit(1) from None
+        leave()
+
+def phase_together(name: str, chosen, force: bool = False, first=(), tell=print) -> dict:
+    "A phase in all processes that the launcher started; returns its figures in each."
+    from importlib import import_module
     from deepseek_cookbook import pipeline
     from deepseek_cookbook.sft.distributed import is_main, on_main
-    from deepseek_cookbook.sft.train import sft_phase
-    run = chosen.run_folder
+    run, phase = chosen.run_folder, pipeline.select([name])[0]
     def todo():
-        pipeline.cook(chosen, only=["data"], tell=lambda line: None)
-        phase = pipeline.select(["sft"])[0]
+        if first: pipeline.cook(chosen, only=first, tell=lambda line: None)
+        pipeline.check_inputs(phase, run)
         return force or not pipeline.is_finished(phase, pipeline.phase_key(phase, chosen, run), run)
-    if not on_main(todo): return run.result("sft")["result"]
-    if not is_main(): return sft_phase(chosen, run)
-    return pipeline.cook(chosen, only=["sft"], force=force, tell=tell)["sft"]["result"]
+    if not on_main(todo): return run.result(name)["result"]
+    module, function = phase.function.split(":")
+    if not is_main(): return getattr(import_module(module), function)(chosen, run)
+    return pipeline.cook(chosen, only=[name], force=force, tell=tell)[name]["result"]
+
+# %% ../nbs/11_cli.ipynb #bcb16f60
+def train_phase(name: str, overrides, profile: str, force: bool, debug: bool, first=()):
+    "Train, and let the main process print the figures as JSON."
+    if not debug: quiet_libraries()
+    with as_team(debug):
+        from deepseek_cookbook.sft.distributed import is_main
+        tell = lambda line: console.print(line, markup=False)
+        figures = phase_together(name, load_settings(profile, overrides or ()), force, first, tell)
+        if is_main(): tell(json.dumps(figures, ensure_ascii=False, indent=1))
 
 @app.command()
 def sft(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug = False,
         force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
     "Train alone, in as many processes as torchrun or accelerate started; makes the data first if there is none."
-    if not debug: quiet_libraries()
-    with clear_errors(debug):
-        from deepseek_cookbook.sft.distributed import TeamError, is_main, leave, one_failure
-        tell = lambda line: console.print(line, markup=False)
-        try:
-            with one_failure(): figures = sft_together(load_settings(profile, overrides or ()), force, tell)
-        except TeamError: raise typer.Exit(1) from None
-        if is_main(): tell(json.dumps(figures, ensure_ascii=False, indent=1))
-        leave()
+    train_phase("sft", overrides, profile, force, debug, first=["data"])
+
+@app.command()
+def ppo(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug = False,
+        force: Annotated[bool, typer.Option(help="train again what is finished")] = False):
+    "PPO alone, in as many processes as torchrun started; needs what the phases sft and reward left."
+    train_phase("ppo", overrides, profile, force, debug)
 
 # %% ../nbs/11_cli.ipynb #cc41c505
 @app.command()

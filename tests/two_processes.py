@@ -86,7 +86,8 @@ def run(folder):
     whole = load_settings("tiny", [*QUIET, f"run.folder={folder}", "data.limit=24", "sft.max_steps=2",
                                    "sft.eval_steps=2", "sft.save_steps=2"])
     for _ in range(2):  # the second time it is finished, and all processes must know
-        out["command"] = cli.sft_together(whole, tell=lambda line: out.setdefault("told", []).append(line))
+        tell = lambda line: out.setdefault("told", []).append(line)  # noqa: E731
+        out["command"] = cli.phase_together("sft", whole, first=["data"], tell=tell)
     out["fsdp"] = sharded_loss()
     (folder / f"rank-{rank()}.json").write_text(json.dumps(out))
     if is_main():

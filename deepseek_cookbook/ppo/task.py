@@ -167,5 +167,5 @@ def ppo_phase(
     models, figures = train_ppo(settings, rows, task_reward(task, run.phase("reward")), run.phase("ppo"),
                                 run.phase("sft") / "adapter", force=task.force)
     tokenizer = load_tokenizer(settings["model"]["name"])
-    return figures | dict(heldout=before_and_after(models, tokenizer, held, rollout, seed, task.samples), task=task.reward,
-                          prompts=len(rows))
+    measured = on_main(lambda: before_and_after(models, tokenizer, held, rollout, seed, task.samples))
+    return figures | dict(heldout=measured, task=task.reward, prompts=len(rows))
