@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'checkpoint_folder', 'checkpoints', 'save_checkpoi
            'run_key']
 
 # %% ../../nbs/05g_ppo.checkpoints.ipynb #799119b5
-import hashlib, json, math, shutil
+import hashlib, json, math, pickle, shutil
 from pathlib import Path
 
 import torch
@@ -57,16 +57,18 @@ def load_checkpoint(
 ) -> dict:  # the state
     "Put a checkpoint back."
     path = checkpoint_folder(folder, step)
-    try: saved = load_file(path / "weights.safetensors")
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{path}: the weights can't be read ({e}). Delete this folder; the run goes on from the one "
+    try:
+        saved = load_file(path / "weights.safetensors")
+        moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True) if optimizer else None
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{path} can't be read ({str(e)[:80]}). Delete this folder; the run goes on from the one "
                               "before.") from None
     odd = sorted(k for k in saved.keys() ^ tensors.keys()) or [
         k for k, v in saved.items() if v.shape != tensors[k].shape]
     if odd: raise CheckpointError(f"{path} belongs to another model or other adapters: {odd[0]} differs. Choose another "
                                   "folder, or start over (resume=False, on the command line --force).")
     for name, tensor in tensors.items(): tensor.copy_(saved[name])
-    if optimizer: optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    if optimizer: optimizer.load_state_dict(moments)
     return read_json(path / "state.json")
 
 # %% ../../nbs/05g_ppo.checkpoints.ipynb #a7cb811e

@@ -184,7 +184,8 @@ def told_plainly(folder: Path, settings: Settings | None = None):
     except TrainError: raise
     except Exception as e:
         text, free = f"{type(e).__name__}: {e}", _free(folder)
-        if "No space left" in text or "os error 28" in text or free < 10 * 2**20:
+        full = "No space left" in text or "os error 28" in text or "unexpected pos" in text  # the last is torch.save's
+        if full or free < 10 * 2**20:
             raise TrainError(f"the disk is full: {free / 2**20:.0f} MiB free in {folder}. Free some space, or set "
                              "run.folder; then run again: training goes on from the last complete checkpoint.") from e
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
