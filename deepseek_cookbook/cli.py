@@ -80,6 +80,7 @@ def as_team(debug: bool = False):
         except TeamError: raise typer.Exit(1) from None
         leave()
 
+# %% ../nbs/11_cli.ipynb #e7bf7c90
 def phase_together(name: str, chosen, force: bool = False, first=(), tell=print) -> dict:
     "A phase in all processes that the launcher started; returns its figures in each."
     from importlib import import_module
