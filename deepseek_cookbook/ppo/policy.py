@@ -6,7 +6,7 @@
 __all__ = ['PolicyError', 'answering', 'Models', 'upper_lora', 'make_models', 'trained', 'values_of', 'joined', 'save_policy',
            'reward_on_base']
 
-# %% ../../nbs/05e_ppo.policy.ipynb #3b04e638
+# %% ../../nbs/05e_ppo.policy.ipynb #88d1b28d
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
-# %% ../../nbs/05e_ppo.policy.ipynb #e0f42dc6
+# %% ../../nbs/05e_ppo.policy.ipynb #7b6ea4cd
 from ..models import load_tokenizer
 from ..reward.model import RewardModel, put_head
 from ..settings import read_json
@@ -26,7 +26,7 @@ from ..sft.adapters import base_name, check_adapter, whole_folder
 from ..sft.lora import lora_config
 from .rollout import Rollout, base_of, completion_hidden
 
-# %% ../../nbs/05e_ppo.policy.ipynb #8ffdafa7
+# %% ../../nbs/05e_ppo.policy.ipynb #de93a6e8
 class PolicyError(ValueError):
     "Models that can't be put on one base as asked; the message says why and what to do."
 
@@ -46,7 +46,7 @@ def answering(
         yield model
     finally: choose(before)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #1b8fe4b9
+# %% ../../nbs/05e_ppo.policy.ipynb #3740f987
 @dataclass
 class Models:
     "The models of PPO, on one base (two where all weights are trained)."
@@ -69,7 +69,7 @@ class Models:
         "A block in which `frozen` computes hidden states for the head."
         return answering(self.frozen, *self.start, "value")
 
-# %% ../../nbs/05e_ppo.policy.ipynb #6ffcb7d4
+# %% ../../nbs/05e_ppo.policy.ipynb #25550ed4
 def upper_lora(
     model,  # a base model
     lora: dict,  # the [lora] section
@@ -87,7 +87,7 @@ def upper_lora(
     config.layers_to_transform = list(range(layers - upper_layers, layers))
     return config
 
-# %% ../../nbs/05e_ppo.policy.ipynb #a2b0a552
+# %% ../../nbs/05e_ppo.policy.ipynb #0487a083
 def make_models(
     base,  # from `load_model`; changed in place
     lora: dict,  # the [lora] section
@@ -119,7 +119,7 @@ def make_models(
     _open(models)
     return models
 
-# %% ../../nbs/05e_ppo.policy.ipynb #f778ab79
+# %% ../../nbs/05e_ppo.policy.ipynb #d84d8635
 def _with_start(base, start):
     "The base, with the adapter to start from."
     if not start: return base
@@ -146,7 +146,7 @@ def _open(models: Models):
         model.eval().requires_grad_(False)
     for p in trained(models).values(): p.requires_grad_(True)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #c157cf1b
+# %% ../../nbs/05e_ppo.policy.ipynb #2a125048
 def trained(models: Models) -> dict[str, torch.nn.Parameter]:
     "What the optimizer gets, by name: `policy.…`, `value.…` and `head.…`."
     full = models.policy is not models.frozen
@@ -160,7 +160,7 @@ def _layer(name: str) -> int:
     "The number of the layer; -1 for what lies below the first."
     return next((int(part) for part in name.split(".") if part.isdigit()), 10**6 if "norm" in name else -1)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #ae0a16ff
+# %% ../../nbs/05e_ppo.policy.ipynb #e1299708
 def values_of(
     models: Models,
     rollout: Rollout,  # or a minibatch of one
@@ -169,7 +169,7 @@ def values_of(
     with models.as_value(): hidden_BCD = completion_hidden(models.frozen, rollout)
     with torch.autocast(hidden_BCD.device.type, enabled=False): return models.head(hidden_BCD.float())
 
-# %% ../../nbs/05e_ppo.policy.ipynb #9d4cadca
+# %% ../../nbs/05e_ppo.policy.ipynb #bbf0b57e
 def joined(
     model,  # a PEFT model
     names: tuple[str, ...],  # adapters whose updates are added
@@ -203,7 +203,7 @@ def save_policy(
             save_file(tensors, part / "adapter_model.safetensors")
     return Path(folder)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #5c89d06a
+# %% ../../nbs/05e_ppo.policy.ipynb #7005b35a
 def reward_on_base(
     models: Models,  # changed in place: gets one more adapter
     folder: str | Path,  # what `train_reward` left
@@ -216,16 +216,17 @@ def reward_on_base(
     if base_name(facts["base"]) != mine: raise PolicyError(
         f"{folder} was trained on {facts['base']}, the policy is {mine}: load it by itself, with load_reward.")
     config.modules_to_save, config.task_type = None, "CAUSAL_LM"
-    models.frozen.add_adapter("reward", config)
+    name = f"reward{sum(n.startswith('reward') for n in models.frozen.peft_config) or ''}"  # there may be several
+    models.frozen.add_adapter(name, config)
     weights = load_peft_weights(str(home), device="cpu")
     head = weights.pop("base_model.model.score.weight")
-    set_peft_model_state_dict(models.frozen, weights, adapter_name="reward")
+    set_peft_model_state_dict(models.frozen, weights, adapter_name=name)
     _open(models)
     scorer = put_head(inner, len(head), seed=0)
     scorer.score.weight.data.copy_(head)
     limits = {k: facts[k] for k in ("max_length", "long", "batch_tokens") if k in facts}
     own = RewardModel(scorer, load_tokenizer(facts["base"]), tuple(facts["names"]), exact=exact, **limits)
     def reward(prompts, completions, **columns):
-        with answering(models.frozen, "reward"): return own(prompts, completions)
+        with answering(models.frozen, name): return own(prompts, completions)
     reward.__name__ = "reward_model"
     return reward
