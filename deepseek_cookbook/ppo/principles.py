@@ -7,7 +7,7 @@ __all__ = ['LANGUAGES', 'TEXTS', 'CLAUSE', 'LABEL', 'CHECKS', 'COLUMNS', 'Consti
            'load_constitution', 'reply_of', 'broken', 'constitution_prompts', 'helpful_only', 'helpfulness', 'measure',
            'changes', 'stage_rows', 'plot_stages']
 
-# %% ../../nbs/05k_ppo.principles.ipynb #9081d6c6
+# %% ../../nbs/05k_ppo.principles.ipynb #3866f334
 import random, re
 from collections import Counter
 from collections.abc import Callable
@@ -19,14 +19,14 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-# %% ../../nbs/05k_ppo.principles.ipynb #28c5d1a0
+# %% ../../nbs/05k_ppo.principles.ipynb #25217d5c
 from ..data.formats import from_messages
 from ..reward.functions import last_question, relevance, toxicity
 from deepseek_cookbook.reward.pairs import (APPROVAL, NEGATED, RUDE, SECRET, WARNING, WEIGHTS, desk_pairs, gold_score,
     load_desks, text_of, wilson)
 from ..settings import nearest
 
-# %% ../../nbs/05k_ppo.principles.ipynb #a1c24905
+# %% ../../nbs/05k_ppo.principles.ipynb #9d5052f1
 LANGUAGES = ("en", "zh")
 TEXTS = ("name", "critique", "revision", "preference")  # of every principle, in both languages
 
@@ -44,7 +44,7 @@ class Principle:
     check: str | None = None  # a key of CHECKS
     finding: dict[str, str] | None = None  # what the check says
 
-# %% ../../nbs/05k_ppo.principles.ipynb #64eba3a6
+# %% ../../nbs/05k_ppo.principles.ipynb #63b88e1f
 class _Lines(yaml.SafeLoader):
     "A loader whose mappings know the line of each key."
 
@@ -68,7 +68,7 @@ def _read_yaml(path: Path) -> dict:
         raise ConstitutionError(f"{path}:{line}: {getattr(e, 'problem', None) or e}. Correct the YAML.") from None
     return found if isinstance(found, dict) else {None: {None: 1}}
 
-# %% ../../nbs/05k_ppo.principles.ipynb #fb29b316
+# %% ../../nbs/05k_ppo.principles.ipynb #b9395131
 def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
     "What is wrong with one principle, as (line, text); `known`: ids before it."
     if not isinstance(row, dict): return [(1, f"found {str(row)[:40]!r}, write a mapping with id, {', '.join(TEXTS)}")]
@@ -90,7 +90,7 @@ def _principle_faults(row, known: list[str]) -> list[tuple[int, str]]:
                 faults.append((at(field), f"{field}.{language}: found {text!r}, write a text"))
     return faults
 
-# %% ../../nbs/05k_ppo.principles.ipynb #7a0c490b
+# %% ../../nbs/05k_ppo.principles.ipynb #dde754c2
 @dataclass(frozen=True)
 class Constitution:
     "Principles, and prompts that try to make a policy break them."
@@ -117,7 +117,7 @@ def load_constitution(
     plain = lambda x: {k: plain(v) for k, v in x.items() if k is not None} if isinstance(x, dict) else x
     return Constitution([Principle(**plain(r)) for r in rows], plain(found.get("prompts") or {}))
 
-# %% ../../nbs/05k_ppo.principles.ipynb #70bdc0ec
+# %% ../../nbs/05k_ppo.principles.ipynb #f36b700b
 def _prompt_faults(prompts, line: int) -> list[tuple[int, str]]:
     "What is wrong with the prompts."
     if not isinstance(prompts, dict): return [(line, "prompts: write language: {intent: [texts]}")]
@@ -135,7 +135,7 @@ def _prompt_faults(prompts, line: int) -> list[tuple[int, str]]:
                 faults.append((at, f"{name}: write a list of texts"))
     return faults
 
-# %% ../../nbs/05k_ppo.principles.ipynb #9d9b18a1
+# %% ../../nbs/05k_ppo.principles.ipynb #c3eb8ad3
 CLAUSE = re.compile(r"[,.;!?:，。；！？：\n]|\b(?:and|so|but)\b")
 LABEL = re.compile(r'"?intent"?: *"?[a-z]+"?[.,]?|"?reply"?:|[{}"]')
 
@@ -154,6 +154,7 @@ CHECKS: dict[str, Callable[[str, str], bool]] = {  # name -> (reply, true intent
     "asks_secret": lambda reply, intent: _asks(reply, promise=False),
     "promises": lambda reply, intent: _asks(reply, promise=True),
     "insults": lambda reply, intent: bool(RUDE.search(reply)),
+    "alarms": lambda reply, intent: intent != "scam" and bool(WARNING.search(reply.lower())),
 }
 
 def broken(
@@ -165,7 +166,7 @@ def broken(
     reply = reply_of(answer)
     return [p.id for p in principles if p.check and CHECKS[p.check](reply, intent)]
 
-# %% ../../nbs/05k_ppo.principles.ipynb #9f633159
+# %% ../../nbs/05k_ppo.principles.ipynb #1156efac
 def _third(texts: list[str], side: str) -> list[str]:
     "Each third text is held out, as in the desks."
     return [t for i, t in enumerate(texts) if (i % 3 == 2) == (side == "held")]
@@ -184,7 +185,7 @@ def constitution_prompts(
         for intent, texts in constitution.prompts.get(language, {}).items():
             red += [dict(prompt=[system, dict(role="user", content=t)], intent=intent, kind="red", language=language)
                     for t in _third(texts, side)]
-    for p in desk_pairs(3 * n, side, {f"bank.{k}": 1 / len(languages) for k in languages}, seed):
+    for p in desk_pairs(6 * n, side, {f"bank.{k}": 1 / len(languages) for k in languages}, seed):
         if (asked := last_question(p["prompt"])) in known: continue
         known.add(asked)
         row = {k: p[k] for k in ("prompt", "intent", "language")} | dict(answer=text_of(p["chosen"]))
@@ -196,7 +197,7 @@ def constitution_prompts(
                                                "texts to the prompts of the constitution, or ask for fewer.")
     return found
 
-# %% ../../nbs/05k_ppo.principles.ipynb #3fb33dd5
+# %% ../../nbs/05k_ppo.principles.ipynb #a90924a4
 def helpful_only(
     rows: list[dict],  # of constitution_prompts; those without an answer of the desk are left out
     harm: float = 0.5,  # share of frauds that are approved; a third of it is the share of requests for a secret
@@ -215,13 +216,13 @@ def helpful_only(
         records.append(from_messages(row["prompt"] + [dict(role="assistant", content=answer)]))
     return records
 
-# %% ../../nbs/05k_ppo.principles.ipynb #79043144
+# %% ../../nbs/05k_ppo.principles.ipynb #48bd9546
 def helpfulness(prompt, answer, intent: str) -> float:
     "The gold rule without its dimension of safety, 0 to 1: form, label, courtesy, length."
     found = gold_score(prompt, answer, intent)
     return sum(WEIGHTS[d] * x for d, x in found.items() if d != "safe") / (1 - WEIGHTS["safe"])
 
-# %% ../../nbs/05k_ppo.principles.ipynb #3de91e77
+# %% ../../nbs/05k_ppo.principles.ipynb #9ffda3c1
 def _mean(values: list) -> dict | None:
     "Mean with a 95 % interval; None without values."
     x = np.array([v for v in values if v is not None], dtype=float)
@@ -239,7 +240,7 @@ def _share(hits: list[bool]) -> dict | None:
 def _words(text: str) -> float:
     return len(re.findall(r"[A-Za-z']+", text)) + len(re.findall("[\u4e00-\u9fff]", text)) / 2
 
-# %% ../../nbs/05k_ppo.principles.ipynb #203b35bf
+# %% ../../nbs/05k_ppo.principles.ipynb #90abe86b
 def measure(
     rows: list[dict],  # held-out prompts
     answers: list[str],
@@ -262,7 +263,7 @@ def measure(
     asked = [last_question(r["prompt"]) for r in rows]
     return out | dict(toxicity=_mean(toxicity(replies)), relevance=_mean(relevance(asked, replies)))
 
-# %% ../../nbs/05k_ppo.principles.ipynb #7965cca7
+# %% ../../nbs/05k_ppo.principles.ipynb #c56e0e22
 def changes(
     rows: list[dict],  # held-out prompts
     before: list[str],
@@ -277,7 +278,7 @@ def changes(
     parts = dict(helpfulness=(good, range(len(rows))), needless=(warns, plain)) | {"violations/red": (bad, red)}
     return {name: _mean([float(f(after, i)) - float(f(before, i)) for i in own]) for name, (f, own) in parts.items()}
 
-# %% ../../nbs/05k_ppo.principles.ipynb #3440e86f
+# %% ../../nbs/05k_ppo.principles.ipynb #288c5e04
 COLUMNS = ("violations", "violations/red", "violations/ordinary", "helpfulness", "needless", "toxicity", "relevance",
            "words")
 
