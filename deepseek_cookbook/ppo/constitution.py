@@ -7,14 +7,14 @@ __all__ = ['Say', 'speaker', 'answers_to', 'critique', 'revise', 'revision_recor
            'with_helpful', 'rule_reward', 'ConstitutionConfig', 'changed', 'Round', 'supervised', 'make_judge',
            'preferences', 'make_reward', 'reinforced', 'start_policy', 'one_round', 'constitution_phase']
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #c196181b
+# %% ../../nbs/05c_ppo.constitution.ipynb #69e81d20
 import random, re, shutil, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #fa6d115f
+# %% ../../nbs/05c_ppo.constitution.ipynb #6635b351
 from ..data.formats import from_messages
 from ..models import load_model, load_tokenizer, precision
 from .principles import (LANGUAGES, Constitution, ConstitutionError, Principle, broken, changes,
@@ -29,7 +29,7 @@ from ..settings import RunFolder, Settings, read_json, read_jsonl, write_json, w
 from ..sft.adapters import merge_adapter
 from ..sft.train import train_sft
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #edb0bca6
+# %% ../../nbs/05c_ppo.constitution.ipynb #3844bd92
 Say = Callable[[list, tuple], list[str]]  # prompts as messages, seed -> one answer each
 
 def speaker(
@@ -55,7 +55,7 @@ def answers_to(
     texts = say([r["prompt"] for r in rows for _ in range(k)], seed)
     return [r | dict(answers=[t for t in dict.fromkeys(texts[i * k:(i + 1) * k]) if t]) for i, r in enumerate(rows)]
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #0d344b7b
+# %% ../../nbs/05c_ppo.constitution.ipynb #d3a1d32b
 def critique(
     rows: list[dict],  # with answers; the first one is criticised
     constitution: Constitution,
@@ -82,7 +82,7 @@ def _conversation(row: dict, p: Principle) -> list[dict]:
     return row["prompt"] + [turn("assistant", row["answer"]), turn("user", p.critique[row["language"]]),
                             turn("assistant", row["critique"]), turn("user", p.revision[row["language"]])]
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #0d696c25
+# %% ../../nbs/05c_ppo.constitution.ipynb #4c74f149
 def revise(
     rows: list[dict],  # of critique
     constitution: Constitution,
@@ -104,7 +104,7 @@ def revise(
         if row["revision"]: row["after"] = broken(row["revision"], row["intent"], constitution.principles)
     return rows
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #43e68972
+# %% ../../nbs/05c_ppo.constitution.ipynb #a4bc7a7e
 def revision_records(
     rows: list[dict],  # of revise
 ) -> tuple[list[dict], dict]:  # four-field records; counts by what became of the answers
@@ -118,7 +118,7 @@ def revision_records(
             kept.append(from_messages(row["prompt"] + [dict(role="assistant", content=answer)]))
     return kept, dict(counts)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #27f6487f
+# %% ../../nbs/05c_ppo.constitution.ipynb #f8c4bf46
 _LEAD = dict(en="Compare two answers of a bank desk by one principle. {} Length alone is no merit.\n",
              zh="按一条原则比较银行柜台的两个回答。{}更长并不等于更好。\n")
 
@@ -144,7 +144,7 @@ class RuleJudge:
             a, b = (len(broken(t, intent, self.principles)) for t in answers)
             yield i, verdict(choice := "A" if a < b else "B" if b < a else "tie", choice)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #47c0fe4b
+# %% ../../nbs/05c_ppo.constitution.ipynb #d623ec98
 def prefer(
     rows: list[dict],  # of answers_to
     judge,  # LocalJudge, HttpJudge, RuleJudge
@@ -161,7 +161,7 @@ def prefer(
         verdicts += [v | dict(row=own[v["row"]]) for v in said]
     return judged_pairs(rows, verdicts), verdicts
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #62a4851c
+# %% ../../nbs/05c_ppo.constitution.ipynb #a1855ebb
 def with_helpful(
     pairs: list[dict],  # provenance ai
     helpful: float,  # pairs by rule for each of them, above 0
@@ -181,7 +181,7 @@ def rule_reward(principles: list[Principle]) -> Callable:
         return [helpfulness(p, c, i) - bool(broken(c, i, principles)) for p, c, i in zip(prompts, completions, intents)]
     return reward
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #5627d7e9
+# %% ../../nbs/05c_ppo.constitution.ipynb #88976e85
 @dataclass
 class ConstitutionConfig:
     "How a policy is trained by principles."
@@ -221,7 +221,7 @@ class ConstitutionConfig:
         if self.judge == "http" and not (self.url and self.judge_model): wrong.append("http: set url and judge_model")
         if wrong: raise ValueError("; ".join(wrong))
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #e8afa0c0
+# %% ../../nbs/05c_ppo.constitution.ipynb #7ca523ab
 def changed(settings: Settings, **sections: dict) -> Settings:
     "The settings with other values."
     return replace(settings, values=settings.values | {s: settings.values.get(s, {}) | v for s, v in sections.items()})
@@ -257,7 +257,7 @@ def _measured(stage: str, r: "Round", adapter: Path | None = None) -> dict:
     return dict(stage=stage, change=changes(rows, start, answers, principles)) | measure(rows, answers, principles,
                                                                                          own.classifiers)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #e9ef269a
+# %% ../../nbs/05c_ppo.constitution.ipynb #87152c78
 @dataclass
 class Round:
     "One turn of the wheel: what it works with."
@@ -286,7 +286,7 @@ def supervised(r: Round, rows: list[dict]) -> dict:  # counts and training figur
         write_json(home / "figures.json", figures)
     return counts | {k: read_json(home / "figures.json")[k] for k in ("steps", "seconds")}
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #dea6528b
+# %% ../../nbs/05c_ppo.constitution.ipynb #d8d245f4
 def make_judge(r: Round, base: str, rows: list[dict]):
     "Who compares the answers of a round."
     if r.own.judge == "rules":
@@ -305,7 +305,7 @@ def preferences(r: Round, base: str, rows: list[dict]) -> tuple[list[dict], dict
     gold = lambda prompt, answer: -len(broken(answer, intents[last_question(prompt)], principles))
     return pairs, judge_report(answers, verdicts, gold) if verdicts else {}
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #60882fe1
+# %% ../../nbs/05c_ppo.constitution.ipynb #b038a230
 def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None, dict]:
     "What PPO follows in this round, or None; why, and what was measured."
     from deepseek_cookbook.reward.model import load_reward, train_reward
@@ -325,7 +325,7 @@ def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None
     if not (report["passed"] or r.own.force): return None, figures | dict(reward="none: the gate refused it")
     return load_reward(home, normalize=True, exact=False), figures | dict(reward="model")
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #9c59e0c2
+# %% ../../nbs/05c_ppo.constitution.ipynb #f492e048
 def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) -> tuple[Path, dict]:
     "Compare, train a reward model, follow it by PPO; returns the adapter that the round ends with."
     pairs, report = preferences(r, base, rows)
@@ -340,7 +340,7 @@ def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) ->
         write_json(r.folder / "ppo" / "figures.json", ppo)
     return r.folder / "ppo" / "adapter", figures | dict(ppo=read_json(r.folder / "ppo" / "figures.json"))
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #fd563a16
+# %% ../../nbs/05c_ppo.constitution.ipynb #50f0717d
 def start_policy(r: Round) -> dict:
     "Train the complying start and measure it; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
@@ -361,7 +361,7 @@ def _merge(r: Round, adapter: Path):
     kind = str(precision().weights).removeprefix("torch.")
     merge_adapter(r.settings["model"]["name"], adapter, r.folder / "model", dtype=kind)
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #377437f7
+# %% ../../nbs/05c_ppo.constitution.ipynb #cab554e2
 def one_round(r: Round, base: str, train: Callable | None) -> dict:
     "Both halves of a round, each with its measurement; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
@@ -376,7 +376,7 @@ def one_round(r: Round, base: str, train: Callable | None) -> dict:
     write_json(r.folder / "result.json", result)
     return result
 
-# %% ../../nbs/05c_ppo.constitution.ipynb #5073b416
+# %% ../../nbs/05c_ppo.constitution.ipynb #88356d5a
 def constitution_phase(
     settings: Settings,  # [constitution], [model], [lora], [sft], [reward], [gate], [ppo], [rollout], …
     run: RunFolder,
