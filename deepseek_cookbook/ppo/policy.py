@@ -6,7 +6,7 @@
 __all__ = ['PolicyError', 'answering', 'Models', 'upper_lora', 'make_models', 'trained', 'values_of', 'joined', 'save_policy',
            'reward_on_base']
 
-# %% ../../nbs/05e_ppo.policy.ipynb #88d1b28d
+# %% ../../nbs/05e_ppo.policy.ipynb #2507af5d
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
-# %% ../../nbs/05e_ppo.policy.ipynb #7b6ea4cd
+# %% ../../nbs/05e_ppo.policy.ipynb #20c672e0
 from ..models import load_tokenizer
 from ..reward.model import RewardModel, put_head
 from ..settings import read_json
@@ -26,7 +26,7 @@ from ..sft.adapters import base_name, check_adapter, whole_folder
 from ..sft.lora import lora_config
 from .rollout import Rollout, base_of, completion_hidden
 
-# %% ../../nbs/05e_ppo.policy.ipynb #de93a6e8
+# %% ../../nbs/05e_ppo.policy.ipynb #5faeb92f
 class PolicyError(ValueError):
     "Models that can't be put on one base as asked; the message says why and what to do."
 
@@ -46,7 +46,7 @@ def answering(
         yield model
     finally: choose(before)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #3740f987
+# %% ../../nbs/05e_ppo.policy.ipynb #814c806e
 @dataclass
 class Models:
     "The models of PPO, on one base (two where all weights are trained)."
@@ -55,7 +55,7 @@ class Models:
     head: torch.nn.Linear  # hidden state -> values (K of them: of the reward, and of the cost where there is one)
     start: tuple[str, ...] = ()  # ("start",): an adapter that is on for everybody, such as that of SFT
     below: int = 0  # layers under the policy's adapters: their hidden states are the start's, and can be kept
-    value_below: int = 0  # layers under the value's adapters
+    value_below: int = 0  # layers under the value's adapters; all of them: there are none, the head reads the start's states
 
     def as_policy(self):
         "A block in which the policy answers."
@@ -69,7 +69,7 @@ class Models:
         "A block in which `frozen` computes hidden states for the head."
         return answering(self.frozen, *self.start, "value")
 
-# %% ../../nbs/05e_ppo.policy.ipynb #25550ed4
+# %% ../../nbs/05e_ppo.policy.ipynb #bfbc95ff
 def upper_lora(
     model,  # a base model
     lora: dict,  # the [lora] section
@@ -87,39 +87,40 @@ def upper_lora(
     config.layers_to_transform = list(range(layers - upper_layers, layers))
     return config
 
-# %% ../../nbs/05e_ppo.policy.ipynb #0487a083
+# %% ../../nbs/05e_ppo.policy.ipynb #2ba408b7
 def make_models(
     base,  # from `load_model`; changed in place
     lora: dict,  # the [lora] section
     start: str | Path | None = None,  # folder of an adapter to start from; it stays as it is
     upper_layers: int | None = None,  # the policy is trained in so many of the last layers; None: in all
-    value_layers: int | None = None,  # the same for the value model
+    value_layers: int | None = None,  # the same for the value model; 0: only its head is trained
     full: bool = False,  # train all weights of the policy instead of an adapter
     values: int = 1,  # numbers of the value head
     seed: int = 42,  # of the adapters' first weights
 ) -> Models:
     "Put policy and value on one base."
-    config, value_config = (upper_lora(base, lora, n) for n in (upper_layers, value_layers))
+    config = upper_lora(base, lora, upper_layers)
+    value_config = None if value_layers == 0 else upper_lora(base, lora, value_layers)
     if start: check_adapter(base, start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = frozen = _with_start(base, start)
         if full: policy, frozen = _split(frozen, bool(start))
         inner, names = base_of(frozen), () if full or not start else ("start",)
-        adapters = dict(value=value_config) if full else dict(policy=config, value=value_config)
-        for name, c in adapters.items():
+        adapters = dict(policy=None if full else config, value=value_config)
+        for name, c in ((name, c) for name, c in adapters.items() if c):
             if hasattr(frozen, "peft_config"): frozen.add_adapter(name, c)
             else: frozen = get_peft_model(frozen, c, adapter_name=name)
         if not full: policy = frozen
     head = torch.nn.Linear(inner.config.get_text_config().hidden_size, values, device=inner.device)
     for p in head.parameters(): torch.nn.init.zeros_(p)
     layers = inner.config.get_text_config().num_hidden_layers
-    below = [max(0, layers - n) if n else 0 for n in (upper_layers, value_layers)]
+    below = [0 if n is None else max(0, layers - n) for n in (upper_layers, value_layers)]
     models = Models(policy, frozen, head, names, *below)
     _open(models)
     return models
 
-# %% ../../nbs/05e_ppo.policy.ipynb #d84d8635
+# %% ../../nbs/05e_ppo.policy.ipynb #e21cb7e6
 def _with_start(base, start):
     "The base, with the adapter to start from."
     if not start: return base
@@ -146,7 +147,7 @@ def _open(models: Models):
         model.eval().requires_grad_(False)
     for p in trained(models).values(): p.requires_grad_(True)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #2a125048
+# %% ../../nbs/05e_ppo.policy.ipynb #dc2e79ce
 def trained(models: Models) -> dict[str, torch.nn.Parameter]:
     "What the optimizer gets, by name: `policy.…`, `value.…` and `head.…`."
     full = models.policy is not models.frozen
@@ -160,7 +161,7 @@ def _layer(name: str) -> int:
     "The number of the layer; -1 for what lies below the first."
     return next((int(part) for part in name.split(".") if part.isdigit()), 10**6 if "norm" in name else -1)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #e1299708
+# %% ../../nbs/05e_ppo.policy.ipynb #02c86ebd
 def values_of(
     models: Models,
     rollout: Rollout,  # or a minibatch of one
@@ -169,7 +170,7 @@ def values_of(
     with models.as_value(): hidden_BCD = completion_hidden(models.frozen, rollout)
     with torch.autocast(hidden_BCD.device.type, enabled=False): return models.head(hidden_BCD.float())
 
-# %% ../../nbs/05e_ppo.policy.ipynb #bbf0b57e
+# %% ../../nbs/05e_ppo.policy.ipynb #614e29c8
 def joined(
     model,  # a PEFT model
     names: tuple[str, ...],  # adapters whose updates are added
@@ -203,7 +204,7 @@ def save_policy(
             save_file(tensors, part / "adapter_model.safetensors")
     return Path(folder)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #7005b35a
+# %% ../../nbs/05e_ppo.policy.ipynb #38eb3d2b
 def reward_on_base(
     models: Models,  # changed in place: gets one more adapter
     folder: str | Path,  # what `train_reward` left
