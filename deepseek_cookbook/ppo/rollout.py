@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Engine', 'RolloutError', 'RolloutConfig', 'prompt_rows', 'prompt_ids', 'encode_prompts', 'base_of', 'find_stops',
            'uniforms', 'draw', 'warped', 'positions_of', 'pad_rows', 'decode', 'Rollout', 'assemble', 'no_dropout',
-           'arithmetic', 'head_logprobs', 'run_layers', 'completion_hidden', 'token_logprobs', 'by_length', 'score',
-           'keep_lower', 'TransformersEngine', 'sample']
+           'cast_once', 'arithmetic', 'head_logprobs', 'run_layers', 'completion_hidden', 'token_logprobs', 'by_length',
+           'score', 'keep_lower', 'TransformersEngine', 'sample']
 
 # %% ../../nbs/05_ppo.rollout.ipynb #298bd4dd
 import warnings
@@ -263,6 +263,16 @@ def no_dropout(
         for m, mode in modes: m.training = mode
 
 @contextmanager
+def cast_once(model):
+    "Inside, autocast converts each weight once and not for every token: it keeps only what could want a gradient."
+    frozen = [p for p in model.parameters() if p.dtype == torch.float32 and not p.requires_grad]
+    try:
+        for p in frozen: p.requires_grad_(True)
+        with torch.no_grad(): yield
+    finally:
+        for p in frozen: p.requires_grad_(False)
+
+@contextmanager
 def arithmetic(
     model,
     autocast: str = "auto",  # auto (by hardware), float32 or bfloat16
@@ -279,14 +289,17 @@ def head_logprobs(
     targets_N: torch.Tensor,
     head,  # the output layer, D to V
     size: int = 512,  # tokens whose logits exist at the same time
+    learn_entropy: bool = True,  # False: no gradient through the entropy
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N,) log-probability of the target, (N,) entropy over all words; nats
     "Log-softmax in 32 bits, in chunks."
     def chunk(hidden_ND, targets_N):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             logp_NV = head(hidden_ND.to(head.weight.dtype)).float().log_softmax(-1)
-        return torch.stack([logp_NV.gather(1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)])
+        p_NV = logp_NV if learn_entropy else logp_NV.detach()
+        return torch.stack([logp_NV.gather(1, targets_N[:, None])[:, 0], -(p_NV.exp() * p_NV).sum(-1)])
     run = chunk
-    if torch.is_grad_enabled(): run = lambda *xs: checkpoint(chunk, *xs, use_reentrant=False, preserve_rng_state=False)
+    if torch.is_grad_enabled() and len(targets_N) > size:
+        run = lambda *xs: checkpoint(chunk, *xs, use_reentrant=False, preserve_rng_state=False)
     parts = [run(h, y) for h, y in zip(hidden_ND.split(size), targets_N.split(size))]
     return tuple(torch.cat(parts, 1))
 
@@ -330,12 +343,13 @@ def token_logprobs(
     rollout: Rollout,  # or a minibatch of one
     hidden_BCD: torch.Tensor | None = None,  # from `completion_hidden`, if they are there already
     size: int = 512,  # tokens whose logits exist at the same time
+    learn_entropy: bool = True,  # False: no gradient through the entropy
 ) -> tuple[torch.Tensor, torch.Tensor]:  # logprobs_BC and entropy_BC in nats, 0 on padding
     "Log-probabilities of the completion tokens at temperature 1, and the entropy at each."
     if hidden_BCD is None: hidden_BCD = completion_hidden(model, rollout)
     mask_BC = rollout.completion_mask_BC
     out = head_logprobs(hidden_BCD[mask_BC], rollout.completion_ids_BC[mask_BC],
-                        base_of(model).get_output_embeddings(), size)
+                        base_of(model).get_output_embeddings(), size, learn_entropy)
     return tuple(x.new_zeros(mask_BC.shape).masked_scatter(mask_BC, x) for x in out)
 
 # %% ../../nbs/05_ppo.rollout.ipynb #d6ad2808
@@ -364,7 +378,7 @@ def score(
 def keep_lower(
     model,
     rollout: Rollout,
-    below: int,  # number of frozen layers, from 1 on
+    below: int,  # number of frozen layers, from 1 on; all of them: the last states, before the final norm
     config: RolloutConfig,
 ) -> Rollout:  # the same, with the states behind those layers
     "Hidden states of the frozen lower layers, for every later pass."
@@ -374,7 +388,7 @@ def keep_lower(
     trained = [n for n, p in backbone.named_parameters() if p.requires_grad and not n.startswith("norm.")
                and not (n.startswith("layers.") and int(n.split(".")[1]) >= below) and id(p) not in off]
     mixed = len(set(getattr(backbone.config, "layer_types", None) or "x")) > 1
-    if trained or mixed or not 0 < below < len(backbone.layers):
+    if trained or mixed or not rollout.below < below <= len(backbone.layers):
         raise RolloutError(f"below = {below} of {len(backbone.layers)} layers{' of several kinds' * mixed}; trained "
                            f"below: {', '.join(trained[:2]) or 'nothing'}. Put adapters on layers from {below} on only "
                            "(LoraConfig.layers_to_transform), in a model whose layers are all of one kind.")
@@ -382,7 +396,7 @@ def keep_lower(
     with no_dropout(model), arithmetic(model, config.autocast):
         for rows in by_length(rollout.prompt_mask_BP.sum(1) + rollout.lengths_B, config.batch_size):
             part = rollout.select(rows)
-            states, start = run_layers(model, part, last=below), P - part.prompt_ids_BP.shape[1]
+            states, start = run_layers(model, part, part.below, below), P - part.prompt_ids_BP.shape[1]
             if lower_BTD is None: lower_BTD = states.new_zeros(len(rollout), P + rollout.completion_ids_BC.shape[1],
                                                                states.shape[2])
             lower_BTD[rows, start:start + states.shape[1]] = states
@@ -399,7 +413,7 @@ class TransformersEngine:
     def __call__(self, prompts: list[list[int]], seed, stops: list[int]):
         out, device = {}, self.model.device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        with no_dropout(self.model), arithmetic(self.model, self.config.autocast):
+        with no_dropout(self.model), cast_once(self.model), arithmetic(self.model, self.config.autocast):
             for rows in by_length([len(p) for p in prompts], self.config.batch_size):
                 ids_BP, mask_BP = pad_rows([prompts[i] for i in rows], self.tokenizer.pad_token_id, "left")
                 u_BC = uniforms(seed, rows, self.config.max_new_tokens).to(device, wide)

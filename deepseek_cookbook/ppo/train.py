@@ -67,7 +67,7 @@ class PPOConfig:
     kl_horizon: float = 640  # completions; see `AdaptiveKL`
     target_kl: float | None = None  # nats a token from the policy of the step's start: leaves the step's other updates
     upper_layers: int | None = None  # the policy's adapters in so many of the last layers, states below kept; none: all
-    value_layers: int | None = None  # the value's adapters, likewise
+    value_layers: int | None = None  # the value's adapters, likewise; 0: none, a head on the start's states is all that learns
     full: bool = False  # train all weights; wants model.dtype = float32
     cost_limit: float | None = None  # the mean cost that is aimed at; none: no constraint
     cost_init: float = 1.0  # lambda at the start
@@ -86,9 +86,12 @@ class PPOConfig:
     save_total_limit: int = 2  # checkpoints beside the first and the best
     log_samples: int = 4  # rows of samples.jsonl a checkpoint
 
+    def __post_init__(self): self.check()
+
 # %% ../../nbs/05b_ppo.train.ipynb #fd368df7
 @patch
-def __post_init__(self: PPOConfig):
+def check(self: PPOConfig):
+    "Refuse what can't be meant."
     least = dict(total_episodes=1, batch_size=1, num_mini_batches=1, num_ppo_epochs=1, per_device_train_batch_size=1,
                  learning_rate=0, value_learning_rate=0, max_grad_norm=0, vf_coef=0, kl_coef=0, replay=0, max_skipped=1,
                  save_steps=1, save_total_limit=1, log_samples=0, warmup_steps=0, replay_capacity=1)
@@ -222,7 +225,8 @@ def learn_from(self: PPOTrainer, batch: Batch, rows: list[int], num_items: torch
     at = lambda x_BC: x_BC[rows, :width]
     count = dict(num_items=num_items, weights_BT=1.0 if batch.weight_BC is None else at(batch.weight_BC))
     with m.as_policy(), no_dropout(m.policy, recompute=True):
-        with arithmetic(m.policy, self.rollout.autocast): logp_BC, entropy_BC = token_logprobs(m.policy, part)
+        with arithmetic(m.policy, self.rollout.autocast):
+            logp_BC, entropy_BC = token_logprobs(m.policy, part, learn_entropy=c.entropy_coef > 0)
         policy, found = policy_loss(logp_BC, at(batch.old_BC), at(batch.advantages_BC), mask_BC, c.cliprange, **count)
         entropy = masked_mean(entropy_BC, mask_BC, num_items)
         ppo_loss(policy, 0.0, entropy, c.vf_coef, c.entropy_coef).backward()
