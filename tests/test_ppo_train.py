@@ -1,0 +1,569 @@
+"""The trainer on tiny models: what people got wrong in PPO, one test or more for each report.
+
+PEOPLE_GOT_WRONG names, for each symptom, the tests that would show it.
+"""
+
+import ast
+import copy
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_ppo import EXACT, LORA, NAMES, ROWS, logged, peaked, script, text_of, trainer, vowels
+
+from deepseek_cookbook.guards import Action, Guard, MonitorConfig, make_guards
+from deepseek_cookbook.models import load_tokenizer
+from deepseek_cookbook.ppo import train as T
+from deepseek_cookbook.ppo.checkpoints import checkpoint_folder, checkpoints
+from deepseek_cookbook.ppo.policy import make_models
+from deepseek_cookbook.ppo.rollout import RolloutConfig, RolloutError, score
+from deepseek_cookbook.ppo.train import PPOConfig, PPOError
+from deepseek_cookbook.reward.combine import RewardError
+from deepseek_cookbook.settings import read_jsonl
+
+PEOPLE_GOT_WRONG = {
+    "the reward lands on the padding behind the end (trl #3750, #5338; DeepSpeedExamples #672)": [
+        "test_ppo_losses::test_the_score_sits_on_the_stop_token_and_not_on_the_padding_behind_it",
+        "test_ppo_losses::test_rewards_are_the_loop_and_sum_to_score_minus_kl",
+        "test_ppo_batch::test_rewards_of_a_batch_sum_to_score_minus_kl",
+    ],
+    "the penalty for a missing end never comes (trl #5338, #6805, #2012, #2033)": [
+        "test_ppo_losses::test_the_penalty_for_a_missing_end",
+        "test_ppo_train::test_the_penalty_for_a_missing_end_reaches_the_reward",
+    ],
+    "generation never stops (trl #2387, #734, #1623)": [
+        "test_rollout::test_a_model_that_can_stop_is_shorter_than_the_limit",
+        "test_rollout::test_several_stops_end_a_row_and_one_in_the_prompt_does_not",
+    ],
+    "KL is negative and stays so (trl #925, #351, #1161, #1857; LLaMA-Factory #664, #3902; MedicalGPT #374)": [
+        "test_rollout::test_only_a_plain_draw_gives_the_kl",
+        "test_rollout::test_settings_that_change_the_distribution_or_mean_nothing",
+        "test_rollout::test_the_first_ratio_is_one_with_dropout_in_the_adapter",
+        "test_ppo_losses::test_k3_is_not_negative_in_float32_either",
+        "test_ppo_train::test_a_kl_that_stays_negative_is_told",
+    ],
+    "KL explodes, one answer to everything (trl #204, #41, #615; open-r1 #373; MOSS-RLHF #17)": [
+        "test_ppo_train::test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back",
+        "test_ppo_train::test_a_stop_keeps_the_checkpoint_that_it_goes_back_to",
+    ],
+    "the reward does not move (DeepSpeedExamples #489, #586, #441)": [
+        "test_ppo_train::test_a_bandit_is_learnt",
+        "test_ppo_losses::test_a_bandit_is_learnt_with_these_functions",
+    ],
+    "the averaged model is good because it is the SFT model (DeepSpeedExamples #442)": [
+        "test_ppo_policy::test_the_saved_adapter_is_start_and_policy_weight_by_weight",
+        "test_ppo_policy::test_a_trained_policy_is_not_its_start",
+    ],
+    "inf or NaN in the loss (DeepSpeedExamples #444)": [
+        "test_ppo_train::test_a_gradient_that_is_not_finite_is_skipped_and_counted",
+        "test_ppo_train::test_after_several_in_a_row_the_run_stops_and_leaves_the_batch",
+    ],
+    "only the value head trains; the reference is none (trl #1558, #2353, #3292, #2718; LLaMA-Factory #6373)": [
+        "test_ppo_policy::test_what_is_trained_by_name",
+        "test_ppo_policy::test_the_reference_is_the_start",
+        "test_ppo_train::test_every_trained_tensor_moves_and_nothing_else",
+    ],
+    "the reward must be an nn.Module (trl #3093)": [
+        "test_ppo_policy::test_a_reward_model_on_the_base_scores_as_it_does_alone",
+        "test_ppo_policy::test_rewards_are_functions_folders_or_weighted",
+        "test_ppo_batch::test_what_a_faulty_reward_does",
+    ],
+    "the value model is thrown away (trl #3293, #3308)": [
+        "test_ppo_batch::test_a_killed_run_equals_a_straight_one_bit_for_bit",
+        "test_ppo_batch::test_a_damaged_newest_checkpoint_is_named_and_the_older_one_gives_the_same_run",
+    ],
+    "is my reward model good enough? (LLaMA-Factory #3902, #664)": [
+        "test_ppo_policy::test_the_gate_comes_before_anything_is_loaded",
+    ],
+    "entropy rises into gibberish (trl #199; verl #2738)": [
+        "test_ppo_losses::test_entropy_is_the_loop_over_the_full_distribution",
+        "test_ppo_losses::test_a_step_down_the_loss_raises_entropy",
+        "test_ppo_train::test_the_entropy_bonus_has_the_right_sign",
+    ],
+    "ratio above 10, batch skipped (trl #1857, #2340)": [
+        "test_ppo_train::test_the_first_ratio_of_every_step_is_one",
+    ],
+    "adaptive KL wanted (trl #4532)": [
+        "test_ppo_control::test_adaptive_kl_reaches_its_target",
+        "test_ppo_control::test_beta_stays_inside_its_bounds_and_finite",
+        "test_ppo_train::test_adaptive_kl_reaches_its_target_in_training",
+    ],
+    "constraints wanted (trl #3129, #2156)": [
+        "test_ppo_control::test_cost_above_raises_and_below_lowers",
+        "test_ppo_train::test_the_constrained_run_ends_under_the_limit_where_the_plain_one_does_not",
+    ],
+    "the Lagrangian is hard to tune (safe-rlhf #124, #173, #43, #24)": [
+        "test_ppo_control::test_lambda_is_positive_bounded_and_follows_the_cost",
+        "test_ppo_control::test_from_its_bound_the_price_comes_back_at_once",
+    ],
+    "out of memory with four models (OpenRLHF #762, #519, #600)": [
+        "test_ppo_policy::test_one_base_in_memory_for_four_models",
+    ],
+    "padding on the left, position ids (trl #1061)": [
+        "test_rollout::test_a_padded_batch_equals_each_row_alone",
+        "test_rollout::test_positions_matter",
+        "test_ppo_batch::test_a_batch_is_looked_up_row_by_row",
+    ],
+    "importance weights of replayed rows are forgotten (TRL's replay trainer, removed in #7132)": [
+        "test_ppo_control::test_a_replayed_batch_with_weights_gives_the_on_policy_gradient",
+        "test_ppo_control::test_and_without_any_one_of_them_it_does_not",
+        "test_ppo_batch::test_weights_of_replayed_rows_reach_the_gradient",
+        "test_ppo_batch::test_what_is_drawn_is_never_too_old",
+    ],
+}
+HERE = Path(__file__).parent
+quick = hypothesis_settings(max_examples=25, deadline=None)
+
+
+def test_every_row_has_its_tests():
+    named = {t for tests in PEOPLE_GOT_WRONG.values() for t in tests}
+    assert len(PEOPLE_GOT_WRONG) == 20 and all(PEOPLE_GOT_WRONG.values())
+    for file in {t.split("::")[0] for t in named}:
+        tree = ast.parse((HERE / f"{file}.py").read_text())
+        there = {f"{file}::{n.name}" for n in tree.body if isinstance(n, ast.FunctionDef)}
+        assert not {t for t in named if t.startswith(f"{file}::")} - there
+
+
+# ---------------------------------------------------------------- what must be learnt
+
+
+def some_vowel(prompts, completions, **columns):
+    "A bandit of a few tokens: paid for any vowel."
+    return [float(any(c in "aeiou" for c in text_of(t))) for t in completions]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_bandit_is_learnt(tmp_path, full):
+    words = RolloutConfig(max_new_tokens=2 if full else 4, autocast="float32")
+    more = dict(full=True, learning_rate=1e-2) if full else dict(learning_rate=1e-2, num_ppo_epochs=4)
+    run = trainer(tmp_path, 25, some_vowel, rollout=words, batch_size=32, seed=1, **more)
+    run.train()
+    start, end = (np.array(part) for part in (logged(run, "reward")[:2], logged(run, "reward")[-10:]))
+    assert end.mean() > start.mean() + (0.4 if full else 0.1)
+    assert end.mean() > start.mean() + 2 * end.std(ddof=1) / 10**0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_trained_tensor_moves_and_nothing_else(tmp_path, name):
+    run = trainer(tmp_path, 4, name=name)
+    before = {n: p.clone() for n, p in run.models.frozen.state_dict().items()}
+    run.train()
+    moved = {n for n, p in run.models.frozen.state_dict().items() if not torch.equal(p, before[n])}
+    assert moved and all(".policy." in n or ".value." in n for n in moved)
+    wanted = {n for n in before if ".lora_B." in n and (".policy." in n or ".value." in n)}
+    idle = {n for n in wanted - moved if ".value." in n}  # the value's gradient begins behind its head, one step later
+    assert not {n for n in wanted - moved if ".policy." in n} and len(idle) < len(wanted) / 4
+    assert run.models.head.weight.abs().sum() > 0
+
+
+def test_the_entropy_bonus_has_the_right_sign(tmp_path):
+    def flat(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    ends = {}
+    for coef in (0.5, -0.5):
+        run = trainer(tmp_path / str(coef), 8, flat, full=True, learning_rate=2e-3, entropy_coef=coef)
+        run.train()
+        ends[coef] = logged(run, "entropy")
+    assert ends[0.5][-1] > ends[0.5][0] + 0.1 and ends[-0.5][-1] < ends[-0.5][0] - 0.1
+
+
+# ---------------------------------------------------------------- the ratio
+
+
+def ratios(monkeypatch, run):
+    "Log-ratios of the first update of every step, per real token."
+    seen, plain = [], T.policy_loss
+
+    def spy(logp, old, advantages, mask, *args, **kwargs):
+        seen.append((run.counts["done"], (logp.detach() - old)[mask]))
+        return plain(logp, old, advantages, mask, *args, **kwargs)
+
+    monkeypatch.setattr(T, "policy_loss", spy)
+    run.train()
+    return [next(x for step, x in seen if step == s) for s in range(run.steps)], seen
+
+
+LAYERS = [{}, dict(upper_layers=1), dict(value_layers=1), dict(upper_layers=1, value_layers=1)]
+
+
+@pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autocast):
+    for layers in LAYERS if name == "tiny-llama" else LAYERS[-1:]:
+        with monkeypatch.context() as patch:
+            run = trainer(
+                tmp_path / str(len(layers) + 2 * ("value_layers" in layers)),
+                2,
+                name=name,
+                rollout=RolloutConfig(max_new_tokens=6, autocast=autocast),
+                batch_size=8,
+                per_device_train_batch_size=3,
+                num_mini_batches=2,
+                num_ppo_epochs=2,
+                learning_rate=1e-2,
+                **layers,
+            )
+            first, seen = ratios(patch, run)
+        for x in first:
+            assert x.abs().max() < 1e-5 if autocast == "float32" else (x == 0).all()
+        assert max(x.abs().max() for _, x in seen) > 1e-3  # and it moves afterwards
+        assert all(abs(r - 1) < 1e-5 for r in logged(run, "ratio_first"))
+
+
+# ---------------------------------------------------------------- KL
+
+
+def test_adaptive_kl_reaches_its_target_in_training(tmp_path):
+    ends = {}
+    for target in (None, 0.5):
+        run = trainer(
+            tmp_path / str(target),
+            50,
+            rollout=RolloutConfig(max_new_tokens=4, autocast="float32"),
+            full=True,
+            batch_size=32,
+            num_ppo_epochs=2,
+            learning_rate=2e-3,
+            kl_coef=0.05,
+            kl_target=target,
+            kl_horizon=32,
+        )
+        run.train()
+        ends[target] = np.mean(logged(run, "kl_per_completion")[-15:])
+    assert ends[None] > 1.5 > 2 * ends[0.5]
+    assert 0.25 < ends[0.5] < 0.75
+    betas = logged(run, "kl_coef")
+    assert len({round(b, 6) for b in betas}) > 20 and all(1e-4 <= b <= 10 for b in betas)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_a_price_on_kl_holds_the_policy_back(tmp_path, estimator):
+    ends = {}
+    for coef in (0.0, 1.0):
+        run = trainer(
+            tmp_path / str(coef), 12, full=True, learning_rate=5e-3, kl_coef=coef, kl_estimator=estimator
+        )
+        run.train()
+        ends[coef] = np.mean(logged(run, "kl_per_completion")[-4:])
+        assert min(logged(run, "kl_k3")) >= 0
+    assert ends[1.0] < 0.6 * ends[0.0]
+
+
+def test_a_kl_that_stays_negative_is_told(tmp_path):
+    "Answers that the policy itself would hardly give: what it was trained away from."
+    def short(prompts, completions, **columns):
+        return [-float(len(text_of(t))) for t in completions]
+
+    guards = make_guards(MonitorConfig(window=3, patience=2, reward_slope_min=None, grad_norm_band=None))
+    rare = script(lambda i: [200 + i] * 6)
+    # Every answer has the same score and no value is known: only the sign of the whitened advantages moves it.
+    run = trainer(tmp_path, 8, short, engine=rare, guards=guards, learning_rate=0.0)
+    models = run.models
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a policy that has moved, answering by another rule than its own
+        for n, p in models.policy.named_parameters():
+            if ".policy." in n and "lora_B" in n:
+                p.copy_(0.3 * torch.randn(p.shape, generator=g))
+    run.train()
+    signs = np.sign(logged(run, "kl"))
+    assert (signs == signs[0]).all()
+    spoken = [r["guard"] for r in run.log.rows if "event" in r]
+    assert ("kl_min" in spoken) == (signs[0] < 0) and min(logged(run, "kl_k3")) >= 0
+    assert signs[0] < 0
+
+
+# ---------------------------------------------------------------- guards act
+
+
+def weights(folder, step):
+    return load_file(checkpoint_folder(folder, step) / "weights.safetensors")
+
+
+def hacked(folder, **more):
+    "A reward with a hole: repeating one word pays, and nothing holds the policy back."
+    guards = make_guards(MonitorConfig(window=3, patience=2, kl_max=0.3, reward_slope_min=None, grad_norm_band=None))
+    return trainer(folder, 40, guards=guards, full=True, learning_rate=5e-3, num_ppo_epochs=2, **more)
+
+
+def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(tmp_path):
+    run = hacked(tmp_path, save_steps=2, save_total_limit=20)
+    figures = run.train()
+    stopped, back = figures["stopped"], figures["restored_to"]
+    assert stopped["guard"] == "kl_max" and figures["steps"] < 40
+    assert 0 < back <= stopped["since"] < stopped["step"] == figures["steps"]
+    kept = checkpoints(tmp_path)
+    fit = {s: c["objective"] for s, c in kept.items() if s <= stopped["since"] and c["objective"] is not None}
+    assert fit[back] == max(fit.values())
+    now = {n: p.detach() for n, p in run.trained.items()}
+    for n, p in weights(tmp_path, back).items():
+        assert torch.equal(now[n], p), n
+    last = weights(tmp_path, figures["steps"])
+    assert any(not torch.equal(now[n], p) for n, p in last.items())
+    events = [(r["event"], r["guard"]) for r in run.log.rows if "event" in r and r["event"] != "note"]
+    assert events == [("stop_restore", "kl_max"), ("restored", "kl_max")]
+    again = hacked(tmp_path, save_steps=2, save_total_limit=20)  # run once more: it is over, and stays so
+    assert again.train()["steps"] == figures["steps"] and again.restored == back
+    assert all(torch.equal(p.detach(), now[n]) for n, p in again.trained.items())
+
+
+def test_a_stop_keeps_the_checkpoint_that_it_goes_back_to(tmp_path):
+    "With two checkpoints kept, the healthy one would be the third when the stop is written."
+    sick = Guard("late", "reward", lambda s: s.steps > 6, Action.STOP, patience=5)
+    figures = trainer(tmp_path, 30, guards=[sick], full=True, learning_rate=5e-3, save_steps=5).train()
+    assert figures["steps"] == 11 and figures["stopped"]["since"] == 6 and figures["restored_to"] == 5
+
+
+def test_guards_raise_beta_and_lower_the_rate_for_the_rest_of_the_run(tmp_path):
+    def at(step, action):
+        return Guard(f"{action}", "reward", lambda s: s.steps == step, action, patience=1)
+
+    guards = [at(2, Action.RAISE_BETA), at(3, Action.LOWER_LR)]
+    more = dict(guards=guards, kl_coef=0.1, save_steps=1, lr_scheduler_type="linear", save_total_limit=9)
+    run = trainer(tmp_path, 6, **more)
+    run.train()
+    assert logged(run, "kl_coef") == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.2, 0.2])
+    plan = [1e-3 * (1 - i / 6) for i in range(6)]
+    assert logged(run, "learning_rate") == pytest.approx(plan[:3] + [x / 2 for x in plan[3:]])
+    for step in (5, 6):  # and a run that was cut off remembers both
+        shutil.rmtree(checkpoint_folder(tmp_path, step))
+    again = trainer(tmp_path, 6, **more)
+    assert again.train()["resumed_from"] == 4
+    assert logged(again, "learning_rate") == pytest.approx(logged(run, "learning_rate"))
+    assert logged(again, "kl_coef") == pytest.approx(logged(run, "kl_coef"))
+
+
+# ---------------------------------------------------------------- a cost limit
+
+
+def has_e(prompts, completions, **columns):
+    "A cost: 1 for an answer with an e in it."
+    return [float("e" in text_of(t)) for t in completions]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_constrained_run_ends_under_the_limit_where_the_plain_one_does_not(tmp_path, seed):
+    "The mean cost settles where it is aimed at, so the aim (0.15) lies below the limit that is tested (0.3)."
+    ends = {}
+    for aim in (9.0, 0.15):
+        run = trainer(
+            tmp_path / str(aim),
+            25,
+            cost=has_e,
+            seed=seed,
+            rollout=RolloutConfig(max_new_tokens=4, autocast="float32"),
+            full=True,
+            batch_size=32,
+            num_ppo_epochs=2,
+            learning_rate=5e-3,
+            cost_limit=aim,
+            cost_init=1.0 if aim < 1 else 0.01,
+            cost_lr=0.5,
+        )
+        run.train()
+        ends[aim] = np.mean(logged(run, "cost")[-8:])
+        assert all(0.01 <= x <= 10 for x in logged(run, "lagrange"))
+        assert np.mean(logged(run, "reward")[-8:]) > np.mean(logged(run, "reward")[:3])
+    assert ends[0.15] < 0.3 < 0.6 < ends[9.0]
+
+
+# ---------------------------------------------------------------- gradients that are not finite
+
+
+def poisoned(run, when):
+    "Gradients of the policy become NaN while `when(updates so far)`."
+    count = [0]
+    clean = run.clip
+
+    def clip(group):
+        if group is run.groups[0]:
+            count[0] += 1
+            if when(count[0]):
+                group[0].grad[0] = math.nan
+        return clean(group)
+
+    run.clip = clip
+    return run
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    run = poisoned(trainer(tmp_path, 4, save_steps=1, save_total_limit=9), lambda n: n == 3)
+    figures = run.train()
+    assert figures["steps"] == 4 and figures["skipped_updates"] == 1
+    states = [weights(tmp_path, s) for s in range(5)]
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(states, states[1:])]
+    assert same == [False, False, True, False]
+    assert all(x.isfinite().all() for x in states[-1].values())
+    assert logged(run, "skipped_updates") == [0, 0, 1, 1] and math.isnan(logged(run, "grad_norm")[2])
+
+
+def test_after_several_in_a_row_the_run_stops_and_leaves_the_batch(tmp_path):
+    run = poisoned(trainer(tmp_path, 9, save_steps=1, max_skipped=3), lambda n: n != 3)
+    before = {n: p.detach().clone() for n, p in run.trained.items()}
+    with pytest.raises(PPOError, match=r"not finite in 3 updates in a row.*sick_batch\.jsonl.*last checkpoint"):
+        run.train()
+    assert run.counts["done"] == 5 and run.counts["skipped"] == 5  # two, one that was sound, three
+    assert all(p.isfinite().all() for p in run.trained.values())
+    assert any(not torch.equal(p, before[n]) for n, p in run.trained.items())
+    rows = read_jsonl(tmp_path / "sick_batch.jsonl")
+    assert len(rows) == 16 and all(r["step"] == 5 and r["prompt"].startswith("Say") for r in rows)
+    assert [float(r["score"]) for r in rows] == pytest.approx(vowels(None, [r["completion"] for r in rows]), abs=1e-6)
+    fresh = trainer(tmp_path, 9, save_steps=1, max_skipped=3)
+    assert fresh.train()["resumed_from"] == 5
+
+
+# ---------------------------------------------------------------- ends of answers
+
+
+def test_the_penalty_for_a_missing_end_reaches_the_reward(tmp_path):
+    stop = load_tokenizer("tiny-llama").eos_token_id
+    half = script(lambda i: [65, 66, stop] if i % 2 else [65, 66, 67, 68, 69, 70])
+
+    def one(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    run = trainer(tmp_path / "a", 1, one, engine=half, missing_eos_penalty=0.5)
+    run.train()
+    ended = run.last.rollout.ended_B
+    assert ended.tolist() == [bool(i % 2) for i in range(16)]
+    assert run.last.score_B.tolist() == [1.0 if e else 0.5 for e in ended]  # subtracted, not put in its place
+    assert logged(run, "reward") == [0.75] and logged(run, "ended") == [0.5]
+    stops = RolloutConfig(max_new_tokens=6, autocast="float32", stop_ids=[70])  # another end: no penalty at all
+    run = trainer(tmp_path / "b", 1, one, engine=half, missing_eos_penalty=0.5, rollout=stops)
+    run.train()
+    assert logged(run, "reward") == [1.0] and logged(run, "ended") == [1.0]
+
+
+# ---------------------------------------------------------------- who is learnt from together
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    "A trainer with a batch to look at."
+    run = trainer(tmp_path_factory.mktemp("idle"), 1)
+    run.last = run.ask()
+    return run
+
+
+@quick
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 9), st.integers(0, 3), st.integers(0, 99))
+def test_minibatches_partition_the_rows(idle, rows, parts, size, epoch, step):
+    batch, kept = copy.copy(idle.last), (idle.config, idle.counts)
+    batch.rollout = batch.rollout.select(list(range(rows)))
+    try:
+        idle.config = T.PPOConfig(batch_size=parts * 16, num_mini_batches=parts, per_device_train_batch_size=size)
+        idle.counts = dict(idle.counts, done=step)
+        found = idle.minibatches(batch, epoch)
+        assert found == idle.minibatches(batch, epoch)
+    finally:
+        idle.config, idle.counts = kept
+    assert sorted(i for update in found for part in update for i in part) == list(range(rows))
+    assert len(found) == min(parts, rows) and all(1 <= len(part) <= size for update in found for part in update)
+    sizes = [sum(map(len, update)) for update in found]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_every_prompt_has_its_turn(tmp_path):
+    run = trainer(tmp_path, 9, rows=ROWS[:7], batch_size=5)
+    asked = [r["letter"] for step in range(7) for r in run.step_rows(step)]
+    for i in range(0, 35, 7):
+        assert sorted(asked[i : i + 7]) == sorted(r["letter"] for r in ROWS[:7])
+    assert asked[:7] != asked[7:14]
+
+
+# ---------------------------------------------------------------- input that can't be used
+
+
+LONG = [dict(prompt="word " * 5000)]
+
+
+@pytest.mark.parametrize(
+    "rows, found",
+    [
+        ([], "no prompts"),
+        ([dict(prompt="")], "prompt 0: empty"),
+        ([*ROWS, dict(prompt="  ")], "prompt 8: empty"),
+        (LONG, "prompt 0: .*window leaves room for"),
+    ],
+)
+def test_prompts_that_are_refused_before_anything_is_done(tmp_path, rows, found):
+    with pytest.raises((PPOError, RolloutError), match=found):
+        trainer(tmp_path / "run", 1, rows=rows)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path):
+    tokenizer = copy.deepcopy(load_tokenizer("tiny-llama"))
+    tokenizer.pad_token = None
+    with pytest.raises(RolloutError, match="no padding token"):
+        T.PPOTrainer(PPOConfig(), make_models(peaked(), LORA), tokenizer, ROWS, vowels, tmp_path, EXACT)
+
+
+@pytest.mark.parametrize(
+    "wrong, found",
+    [
+        (dict(batch_size=10, num_mini_batches=4), "10 completions .* multiple of 4"),
+        (dict(cliprange=0), "cliprange"),
+        (dict(lam=1.5), "lam = 1.5"),
+        (dict(on_reward_error="ignore"), "raise or skip"),
+        (dict(kl_estimator="k2"), "k1 or k3"),
+        (dict(learning_rate=math.nan), "learning_rate"),
+        (dict(replay=-0.5), "replay"),
+    ],
+)
+def test_settings_that_cannot_be_meant(wrong, found):
+    with pytest.raises(PPOError, match=found):
+        PPOConfig(**wrong)
+
+
+def test_a_cost_and_its_limit_belong_together(tmp_path):
+    for more in (dict(cost=has_e), dict(cost_limit=0.1)):
+        with pytest.raises(PPOError, match="belong together"):
+            trainer(tmp_path, 1, **more)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(kl_coef=0.7), dict(seed=7), dict(rows=ROWS[:3]), dict(rollout=RolloutConfig(max_new_tokens=3))]
+)
+def test_a_folder_of_another_run_is_not_continued(tmp_path, change):
+    trainer(tmp_path, 1).train()
+    with pytest.raises(PPOError, match="other settings.*resume=False"):
+        trainer(tmp_path, 3, **change).train()
+
+
+def test_rows_that_lose_their_score_leave_no_empty_update(tmp_path):
+    def moody(prompts, completions, **columns):
+        return [1.0, 0.0] + [None] * (len(completions) - 2)
+
+    run = trainer(tmp_path, 2, moody, num_mini_batches=8, on_reward_error="skip")
+    figures = run.train()
+    assert figures["steps"] == 2 and logged(run, "updates") == [2, 2] and figures["reward_faults"] == {"none": 28}
+
+
+def test_a_batch_without_any_score_ends_the_run(tmp_path):
+    def broken(prompts, completions, **columns):
+        raise KeyError("model is down")
+
+    with pytest.raises(ValueError, match="no completion got a score.*'exception': 16"):
+        trainer(tmp_path / "a", 2, broken, on_reward_error="skip").train()
+    with pytest.raises(RewardError, match="KeyError.*model is down"):
+        trainer(tmp_path / "b", 2, broken).train()
+
+
+def test_the_policy_is_scored_by_its_reference_and_not_by_itself(tmp_path):
+    "After some steps KL is what a copy of the base says, and it is not zero."
+    run = trainer(tmp_path, 6, full=False, learning_rate=1e-2, num_ppo_epochs=2)
+    run.train(resume=False)
+    batch = run.last
+    base, _ = score(peaked(), batch.rollout, EXACT)
+    mask = batch.mask_BC
+    assert (batch.ref_BC - base)[mask].abs().max() < 1e-4
+    assert (batch.old_BC - batch.ref_BC)[mask].abs().max() > 1e-2
+    assert logged(run, "kl")[-1] == pytest.approx(float((batch.old_BC - base)[mask].mean()), abs=1e-4)
