@@ -94,11 +94,13 @@ def check(self: PPOConfig):
     "Refuse what can't be meant."
     least = dict(total_episodes=1, batch_size=1, num_mini_batches=1, num_ppo_epochs=1, per_device_train_batch_size=1,
                  learning_rate=0, value_learning_rate=0, max_grad_norm=0, vf_coef=0, kl_coef=0, replay=0, max_skipped=1,
-                 save_steps=1, save_total_limit=1, log_samples=0, warmup_steps=0, replay_capacity=1)
+                 save_steps=1, save_total_limit=1, log_samples=0, warmup_steps=0, replay_capacity=1, entropy_coef=0)
     wrong = [f"{k} = {getattr(self, k)!r}: from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
     if self.cliprange <= 0: wrong.append(f"cliprange = {self.cliprange}: above 0")
     for k in ("gamma", "lam"):
         if not 0 <= getattr(self, k) <= 1: wrong.append(f"{k} = {getattr(self, k)}: from 0 to 1")
+    for k in ("missing_eos_penalty", "kl_target", "target_kl", "cliprange_value"):
+        if (getattr(self, k) or 0) < 0: wrong.append(f"{k} = {getattr(self, k)}: from 0 on, or none")
     if self.on_reward_error not in ("raise", "skip"): wrong.append("on_reward_error: raise or skip")
     if self.kl_estimator not in ("k1", "k3"): wrong.append("kl_estimator: k1 or k3")
     share = world_size() * self.num_mini_batches
@@ -196,6 +198,7 @@ def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[in
     "Who is learnt from together: an order that depends on seed, step and epoch only."
     seed = (self.seed, self.counts["done"], epoch, rank())
     order = np.random.default_rng(seed).permutation(len(batch.rollout))
+    order = np.resize(order, max(len(order), self.config.num_mini_batches))  # each has a row, or processes would part
     length_B = batch.rollout.prompt_mask_BP.sum(1) + batch.rollout.lengths_B
     fewest = min(gather_object([len(order)]))  # rows without a score are left out: no update may be empty, in any process
     parts = [part.tolist() for part in np.array_split(order, min(self.config.num_mini_batches, fewest))]
@@ -204,17 +207,18 @@ def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[in
 
 @patch
 def summed(self: PPOTrainer, x: torch.Tensor) -> torch.Tensor:
-    "The sum over all processes."
-    return self.accelerator.reduce(x, "sum")
+    "The sum over all processes; where there are GPUs, they can only add what lies on them."
+    return self.accelerator.reduce(x.to(self.accelerator.device), "sum")
 
 @patch
-def whitened(self: PPOTrainer, x_BC: torch.Tensor, mask_BC: torch.Tensor) -> torch.Tensor:
+def whitened(self: PPOTrainer, x_BC: torch.Tensor, mask_BC: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     "Mean 0 and variance 1 over the tokens of all processes."
-    if world_size() == 1: return whiten(x_BC, mask_BC)
+    if world_size() == 1: return whiten(x_BC, mask_BC, shift_mean)
     x_N = x_BC[mask_BC]
     n, total = self.summed(torch.stack([x_N.new_tensor(len(x_N)), x_N.sum()]))
-    spread = self.summed((x_N - total / n).square().sum())
-    return torch.where(mask_BC, (x_BC - total / n) * torch.rsqrt(spread / (n - 1) + 1e-8), 0.0)
+    mean = total / n
+    white_BC = (x_BC - mean) * torch.rsqrt(self.summed((x_N - mean).square().sum()) / (n - 1).clamp(min=1) + 1e-8)
+    return torch.where(mask_BC, white_BC if shift_mean else white_BC + mean, 0.0)
 
 # %% ../../nbs/05b_ppo.train.ipynb #3087309e
 @patch
@@ -341,7 +345,7 @@ def save(self: PPOTrainer):
     state = self.state()
     def write():
         save_checkpoint(self.folder, self.counts["done"], self.trained, self.optimizer, state)
-        if not self.stopped: forget(self.folder, self.config.save_total_limit)  # a healthy one may be the last but two
+        if not self.stopped: forget(self.folder, self.config.save_total_limit, self.stopped and self.stopped["since"])  # a healthy one may be the last but two
         write_jsonl(self.folder / "samples.jsonl", self.samples)
     on_main(write)
 
