@@ -119,12 +119,12 @@ def set_advantages(
     lam: float = 0.95,
     whiten_rewards: bool = False,
     price: Lagrangian | None = None,  # of the cost
-    whitened: Callable = whiten,  # (x_BC, mask_BC) -> x_BC with mean 0 and variance 1
+    whitened: Callable = whiten,  # (x_BC, mask_BC, shift_mean) -> x_BC with mean 0 and variance 1
 ):
     "Rewards for tokens, advantages and returns."
     mask_BC, kl_BC = batch.mask_BC, token_kl(batch.old_BC, batch.ref_BC, kl_estimator)
     rewards_BC = shape_rewards(batch.score_B, kl_BC, mask_BC, beta)
-    if whiten_rewards: rewards_BC = whiten(rewards_BC, mask_BC, shift_mean=False)
+    if whiten_rewards: rewards_BC = whitened(rewards_BC, mask_BC, shift_mean=False)
     advantages_BC, returns_BC = gae(rewards_BC, batch.values_BCK[..., 0], mask_BC, gamma, lam)
     returns = [returns_BC]
     if price:

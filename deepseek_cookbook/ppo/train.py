@@ -358,7 +358,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     state = load_checkpoint(self.folder, there[-1], self.trained, self.optimizer)
     if state["key"] != self.key(): raise PPOError(
         f"{self.folder} holds a run of other settings, prompts, seed or number of processes ({state['processes']}). Choose "
-        "another folder (run.folder), or start over: resume=False, on the command line --force.")
+        "another folder, or start over: resume=False, on the command line --force (of train_rl: --overwrite_output_dir).")
     self.counts, self.samples, self.objectives = state["counts"], state["samples"], state["objectives"]
     self.stopped = state["stopped"]
     self.kl.load_state_dict(state["kl"])
