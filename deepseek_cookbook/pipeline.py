@@ -41,10 +41,14 @@ PHASES = (
     Phase("ppo", "PPO from the SFT adapter, measured before and after", "deepseek_cookbook.ppo.task:ppo_phase",
           ("run", "model", "lora", "rollout", "ppo", "task", "monitor"), ("sft", "reward"),
           ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors")),
+    Phase("constitution", "principles: revise, compare, PPO, again",
+          "deepseek_cookbook.ppo.constitution:constitution_phase",
+          ("run", "model", "lora", "sft", "train", "loss", "optim", "reward", "reward_model", "gate", "rollout", "ppo",
+           "constitution", "monitor"), (), ("measured.jsonl",)),
     Phase("evaluate", "held-out loss and answers, before and after",
           "deepseek_cookbook.evaluate.metrics:evaluate_phase", ("run", "model", "evaluate"), ("data", "sft")),
     Phase("report", "one page with every number", "deepseek_cookbook.report:report_phase",
-          ("run",), ("data", "sft", "reward", "ppo", "evaluate")),
+          ("run",), ("data", "sft", "reward", "ppo", "constitution", "evaluate")),
 )
 
 # %% ../nbs/10_pipeline.ipynb #bbee0f05

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'MACROS', 'SECTION_OF', 'render', 'minutes', 'data_section', 'sft_section', 'reward_section',
-           'ppo_section', 'evaluate_section', 'outcome', 'phase_rows', 'figures', 'ReportError', 'report_html',
-           'report_phase']
+           'ppo_section', 'constitution_section', 'evaluate_section', 'outcome', 'phase_rows', 'figures', 'ReportError',
+           'report_html', 'report_phase']
 
 # %% ../nbs/10a_report.ipynb #7700a83c
 import base64, datetime
@@ -15,6 +15,7 @@ from jinja2 import Environment
 # %% ../nbs/10a_report.ipynb #a4cb0bdb
 from .guards import make_guards
 from .monitor import dashboard_html, plot_dashboard, to_png
+from .ppo.principles import COLUMNS, plot_stages, stage_rows
 from .reward.gate import plot_calibration
 from .runlog import read_metrics
 from .settings import RunFolder, Settings, atomic_write
@@ -124,6 +125,16 @@ On {{ r.heldout.before.n }} prompts of templates that training never saw, the re
                    r=r, rows=table, answers=answers)
     return dashboard_html(rows, make_guards(settings.build("monitor")), "PPO").replace("</h2>", "</h2>" + facts, 1)
 
+# %% ../nbs/10a_report.ipynb #da5faa2f
+def constitution_section(record: dict, **_) -> str:
+    "Figures of every stage, and the picture."
+    r = record["result"]
+    return render("""<h2>Constitution</h2><p>Judge: {{ r.judge }}. Rules and classifiers measure held-out prompts, so that no
+number comes from a model that is judged by it; <i>needless</i> is the share of honest customers who got a warning.</p>
+{{ table(head, rows) }}<p><img alt="stages" src="data:image/png;base64,{{ picture }}"></p>""", r=r,
+                  head=("stage", *COLUMNS), rows=stage_rows(r["measured"]),
+                  picture=base64.b64encode(to_png(plot_stages(r["measured"]))).decode())
+
 # %% ../nbs/10a_report.ipynb #9e513839
 def evaluate_section(record: dict, **_) -> str:
     "Losses with their interval, and answers side by side."
@@ -141,7 +152,7 @@ truer: read them.</p>{{ table(["question", "reference", "before", "after"], answ
 
 # %% ../nbs/10a_report.ipynb #b08a42c0
 SECTION_OF = {"data": data_section, "sft": sft_section, "reward": reward_section, "ppo": ppo_section,
-              "evaluate": evaluate_section}
+              "constitution": constitution_section, "evaluate": evaluate_section}
 
 def outcome(name: str, r: dict) -> str:
     "One line on what a phase brought."
@@ -155,6 +166,10 @@ def outcome(name: str, r: dict) -> str:
     if name == "ppo":
         h = r["heldout"]
         return f"held-out reward {h['before']['reward']:.3f} -> {h['after']['reward']:.3f}, KL {h['after']['kl']:.3f} nats a token"
+    if name == "constitution":
+        first, last = ({k: m[k]["value"] for k in ("violations", "needless")} for m in (r["measured"][0], r["measured"][-1]))
+        return (f"violations {first['violations']:.2f} -> {last['violations']:.2f}, "
+                f"needless warnings {first['needless']:.2f} -> {last['needless']:.2f}")
     if name == "evaluate":
         return f"held-out loss {r['before']['loss']:.3f} -> {r['after']['loss']:.3f} ({-r['fall']:+.1%})"
     return r.get("path", "")

@@ -33,6 +33,7 @@ SECTIONS = {
     "rollout": "deepseek_cookbook.ppo.rollout:RolloutConfig",
     "ppo": "deepseek_cookbook.ppo.train:PPOConfig",
     "task": "deepseek_cookbook.ppo.task:TaskConfig",
+    "constitution": "deepseek_cookbook.ppo.constitution:ConstitutionConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",
     "evaluate": "deepseek_cookbook.evaluate.metrics:EvaluateConfig",
 }

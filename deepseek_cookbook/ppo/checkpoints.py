@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'checkpoint_folder', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'best_step', 'forget',
            'run_key']
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #799119b5
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #0d638a01
 import hashlib, json, math, pickle, shutil
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #9d449381
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #2f92c720
 from ..settings import read_json, write_json
 from ..sft.adapters import whole_folder
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #3836d741
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #fdfe218a
 class CheckpointError(RuntimeError):
     "A checkpoint that can't be gone on from; the message says why and what to do."
 
@@ -32,7 +32,7 @@ def checkpoints(folder: str | Path) -> dict[int, dict]:  # step -> its state
             found[int(path.name.rpartition("-")[2])] = read_json(path / "state.json")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #bc332a3d
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #c83f3f68
 def save_checkpoint(
     folder: str | Path,  # of the run
     step: int,  # steps that are done
@@ -48,6 +48,7 @@ def save_checkpoint(
         write_json(part / "state.json", state | dict(step=step))
     return path
 
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #dede7952
 @torch.no_grad()
 def load_checkpoint(
     folder: str | Path,
@@ -65,13 +66,13 @@ def load_checkpoint(
                               "before.") from None
     odd = sorted(k for k in saved.keys() ^ tensors.keys()) or [
         k for k, v in saved.items() if v.shape != tensors[k].shape]
-    if odd: raise CheckpointError(f"{path} belongs to another model or other adapters: {odd[0]} differs. Choose another "
-                                  "folder, or start over (resume=False, on the command line --force).")
+    if odd: raise CheckpointError(f"{path} belongs to another model or other adapters: {odd[0]} differs. Choose "
+                                  "another folder, or start over (resume=False, on the command line --force).")
     for name, tensor in tensors.items(): tensor.copy_(saved[name])
     if optimizer: optimizer.load_state_dict(moments)
     return read_json(path / "state.json")
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #a7cb811e
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #d5cd49ef
 def best_step(
     found: dict[int, dict],  # from `checkpoints`
     until: int | None = None,  # the newest step that may be chosen; None: any
@@ -83,18 +84,20 @@ def best_step(
 
 def _number(x) -> float: return x if isinstance(x, int | float) and math.isfinite(x) else -math.inf
 
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #40c32191
 def forget(
     folder: str | Path,
     keep: int,  # so many of the newest; the first and the best stay too
+    until: int | None = None,  # of a run that was stopped: the best one up to this step stays as well
 ) -> list[int]:  # steps that were removed
     "Remove old checkpoints."
     found = checkpoints(folder)
-    stay = {*list(found)[-keep:], min(found, default=0), best_step(found)}
+    stay = {*list(found)[-keep:], min(found, default=0), best_step(found), best_step(found, until)}
     gone = [step for step in found if step not in stay]
     for step in gone: shutil.rmtree(checkpoint_folder(folder, step))
     return gone
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #e33f8af0
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #bea70f64
 def run_key(*parts) -> str:
     "A hash of what must not change between a run and its continuation."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
