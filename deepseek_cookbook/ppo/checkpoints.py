@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'checkpoint_folder', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'best_step', 'forget',
            'run_key']
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #0d638a01
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #0cae04b9
 import hashlib, json, math, pickle, shutil
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #2f92c720
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #3e743bdf
 from ..settings import read_json, write_json
 from ..sft.adapters import whole_folder
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #fdfe218a
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #3a512c6a
 class CheckpointError(RuntimeError):
     "A checkpoint that can't be gone on from; the message says why and what to do."
 
@@ -32,7 +32,7 @@ def checkpoints(folder: str | Path) -> dict[int, dict]:  # step -> its state
             found[int(path.name.rpartition("-")[2])] = read_json(path / "state.json")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #c83f3f68
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #a7697f21
 def save_checkpoint(
     folder: str | Path,  # of the run
     step: int,  # steps that are done
@@ -48,7 +48,7 @@ def save_checkpoint(
         write_json(part / "state.json", state | dict(step=step))
     return path
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #dede7952
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #07ccf926
 @torch.no_grad()
 def load_checkpoint(
     folder: str | Path,
@@ -72,7 +72,7 @@ def load_checkpoint(
     if optimizer: optimizer.load_state_dict(moments)
     return read_json(path / "state.json")
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #d5cd49ef
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #485d2ed9
 def best_step(
     found: dict[int, dict],  # from `checkpoints`
     until: int | None = None,  # the newest step that may be chosen; None: any
@@ -84,7 +84,7 @@ def best_step(
 
 def _number(x) -> float: return x if isinstance(x, int | float) and math.isfinite(x) else -math.inf
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #40c32191
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #1af783cf
 def forget(
     folder: str | Path,
     keep: int,  # so many of the newest; the first and the best stay too
@@ -97,7 +97,7 @@ def forget(
     for step in gone: shutil.rmtree(checkpoint_folder(folder, step))
     return gone
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #bea70f64
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #9e793024
 def run_key(*parts) -> str:
     "A hash of what must not change between a run and its continuation."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
