@@ -198,7 +198,6 @@ def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[in
     "Who is learnt from together: an order that depends on seed, step and epoch only."
     seed = (self.seed, self.counts["done"], epoch, rank())
     order = np.random.default_rng(seed).permutation(len(batch.rollout))
-    order = np.resize(order, max(len(order), self.config.num_mini_batches))  # each has a row, or processes would part
     length_B = batch.rollout.prompt_mask_BP.sum(1) + batch.rollout.lengths_B
     fewest = min(gather_object([len(order)]))  # rows without a score are left out: no update may be empty, in any process
     parts = [part.tolist() for part in np.array_split(order, min(self.config.num_mini_batches, fewest))]
