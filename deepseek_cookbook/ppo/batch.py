@@ -6,7 +6,7 @@
 __all__ = ['BatchError', 'Batch', 'ask_reward', 'scored', 'look_back', 'set_advantages', 'with_replayed', 'rollout_rows',
            'keep_for_replay', 'measure']
 
-# %% ../../nbs/05f_ppo.batch.ipynb #1a2d1cf0
+# %% ../../nbs/05f_ppo.batch.ipynb #cf90bbdf
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-# %% ../../nbs/05f_ppo.batch.ipynb #b2a26132
+# %% ../../nbs/05f_ppo.batch.ipynb #d0181b63
 from .control import Lagrangian, Replay, behaviour_ratio, combine_advantages
 from .losses import explained_variance, gae, masked_mean, shape_rewards, token_kl, whiten
 from .policy import Models, values_of
@@ -22,7 +22,7 @@ from deepseek_cookbook.ppo.rollout import (Rollout, RolloutConfig, arithmetic, a
     no_dropout, score)
 from ..reward.combine import Checked
 
-# %% ../../nbs/05f_ppo.batch.ipynb #f3bb5c76
+# %% ../../nbs/05f_ppo.batch.ipynb #95e421d5
 class BatchError(ValueError):
     "Answers that can't be learnt from; the message says which, why and what to do."
 
@@ -52,7 +52,7 @@ class Batch:
         "Mean over the tokens that were sampled in this step."
         return float(masked_mean(x_BC[:self.fresh], self.mask_BC[:self.fresh]))
 
-# %% ../../nbs/05f_ppo.batch.ipynb #4075ae32
+# %% ../../nbs/05f_ppo.batch.ipynb #fb49d061
 def ask_reward(
     reward: Checked,
     rows: list[dict],  # prompt and columns
@@ -80,12 +80,13 @@ def scored(
     score_B = ask_reward(reward, rows, rollout)
     cost_B = ask_reward(cost, rows, rollout) if cost else torch.zeros_like(score_B)
     known = (score_B.isfinite() & cost_B.isfinite()).nonzero()[:, 0].tolist()
-    if not known: raise BatchError(f"no completion got a score. Faults of the reward so far: {dict(reward.counts)}; "
-                                   "look at the function.")
+    if not known: raise BatchError(f"no completion got a score. Faults so far: of the reward "
+                                   f"{dict(reward.counts)}, of the cost {dict(cost.counts) if cost else {}}; look "
+                                   "at the functions.")
     if len(known) < len(rows): rollout = rollout.select(known)
     return Batch(rollout, [rows[i] for i in known], score_B[known], cost_B[known], len(known))
 
-# %% ../../nbs/05f_ppo.batch.ipynb #b7f94e58
+# %% ../../nbs/05f_ppo.batch.ipynb #8405d4b7
 def look_back(
     batch: Batch,  # filled in
     models: Models,
@@ -96,7 +97,8 @@ def look_back(
     policy, frozen, plain = models.policy, models.frozen, batch.rollout
     kept = {0: plain}
     with models.as_reference():
-        for n in sorted({models.below, models.value_below} - {0}): kept[n] = plain = keep_lower(frozen, plain, n, config)
+        for n in sorted({models.below, models.value_below} - {0}):
+            kept[n] = plain = keep_lower(frozen, plain, n, config)
         batch.ref_BC, _ = score(frozen, plain, config, together)
     batch.rollout, batch.for_value = kept[models.below], kept[models.value_below]
     with models.as_policy(): batch.old_BC, batch.entropy_BC = score(policy, batch.rollout, config, together)
@@ -110,7 +112,7 @@ def look_back(
         then_BC = batch.rollout.drawn_logprobs_BC[old]
         batch.weight_BC[old] *= behaviour_ratio(batch.old_BC[old], then_BC, batch.mask_BC[old])
 
-# %% ../../nbs/05f_ppo.batch.ipynb #c5280d7e
+# %% ../../nbs/05f_ppo.batch.ipynb #0b322206
 def set_advantages(
     batch: Batch,  # filled in
     beta: float,  # price of a nat
@@ -135,7 +137,7 @@ def set_advantages(
     batch.surprise_B = advantages_BC.abs().sum(1) / mask_BC.sum(1)
     batch.advantages_BC = whitened(advantages_BC, mask_BC)
 
-# %% ../../nbs/05f_ppo.batch.ipynb #9e0223f9
+# %% ../../nbs/05f_ppo.batch.ipynb #9832c4f2
 def with_replayed(
     batch: Batch,
     replay: Replay,
@@ -174,7 +176,7 @@ def keep_for_replay(batch: Batch, replay: Replay, step: int) -> int:  # completi
     rows = [r | dict(score=s, cost=c) for r, s, c in zip(rows, batch.score_B.tolist(), batch.cost_B.tolist())]
     return replay.add(rows, surprise[:batch.fresh], step)
 
-# %% ../../nbs/05f_ppo.batch.ipynb #a5170e89
+# %% ../../nbs/05f_ppo.batch.ipynb #40d9cd03
 def measure(
     batch: Batch,
 ) -> dict[str, float]:  # of the fresh completions, and of this process
