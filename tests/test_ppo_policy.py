@@ -26,7 +26,9 @@ PROMPTS = [r["prompt"] for r in ROWS[:4]]
 
 def start_adapter(folder, name="tiny-llama", size=0.05):
     "An adapter in all layers, as SFT leaves it, with other ranks and scales than the policy's."
-    model = get_peft_model(peaked(name), LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets = r".*\.self_attn\..*_proj" if "deepseek" in name else "all-linear"  # experts can't be joined
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(peaked(name), lora)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for n, p in model.named_parameters():
