@@ -135,6 +135,9 @@ class PPOTrainer:
         self.reward = Checked(reward, on_error=config.on_reward_error)
         self.cost = Checked(cost, on_error=config.on_reward_error) if cost else None
         self.accelerator = Accelerator(cpu=precision().device == "cpu")
+        if self.accelerator.num_processes != world_size(): raise PPOError(
+            f"{world_size()} processes were started, and {self.accelerator.num_processes} would train together: call "
+            "join() of deepseek_cookbook.sft.distributed before anything else opens the connection.")
         self.log = log or MetricsLog(self.folder / "metrics.jsonl")
         self.prepare(guards)
 
@@ -208,6 +211,16 @@ def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[in
 def summed(self: PPOTrainer, x: torch.Tensor) -> torch.Tensor:
     "The sum over all processes; where there are GPUs, they can only add what lies on them."
     return self.accelerator.reduce(x.to(self.accelerator.device), "sum")
+
+@patch
+def over_all(self: PPOTrainer, here: dict[str, float], rows: int) -> dict[str, float]:
+    "What `measure` found, over all processes: counts add up; a mean over tokens weighs by tokens, others by rows."
+    if world_size() == 1: return here
+    counts, per_token = ("completion_tokens", "replayed"), ("kl", "kl_k3", "entropy")
+    weights = [here["completion_tokens"] if k in per_token else rows for k in here]
+    mine_2M = [[x * (1 if k in counts else w) for (k, x), w in zip(here.items(), weights)], weights]
+    sums = zip(here, *self.summed(torch.tensor(mine_2M)).tolist())
+    return {k: x if k in counts else x / w for k, x, w in sums}
 
 @patch
 def whitened(self: PPOTrainer, x_BC: torch.Tensor, mask_BC: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
@@ -302,8 +315,7 @@ def one_step(self: PPOTrainer) -> dict:
     with _clock(self.spent, "look_back"):
         look_back(batch, self.models, self.rollout, [rows for part in self.minibatches(batch, 0) for rows in part])
         set_advantages(batch, self.kl.beta, c.kl_estimator, c.gamma, c.lam, c.whiten_rewards, self.price, self.whitened)
-    here = measure(batch)
-    found = dict(zip(here, (self.summed(torch.tensor(list(here.values()))) / world_size()).tolist()))
+    found = self.over_all(measure(batch), batch.fresh)
     with _clock(self.spent, "update"): found |= self.update(batch)
     found |= dict(kl_coef=self.kl.beta, learning_rate=self.optimizer.param_groups[0]["lr"], skipped_updates=n["skipped"])
     if self.price: found |= dict(lagrange=self.price.value, cost_limit=self.price.limit)
@@ -312,7 +324,7 @@ def one_step(self: PPOTrainer) -> dict:
     if self.price: self.price.update(found["cost"])
     if self.replay is not None: keep_for_replay(batch, self.replay, n["done"])
     self.scheduler.step()
-    n["done"], n["tokens"] = n["done"] + 1, n["tokens"] + round(found.pop("completion_tokens") * world_size())
+    n["done"], n["tokens"] = n["done"] + 1, n["tokens"] + round(found.pop("completion_tokens"))
     times = {f"seconds_{k}": round(v, 3) for k, v in self.spent.items()}
     return found | times | dict(num_tokens=n["tokens"], epoch=n["done"] * c.batch_size / len(self.rows),
         samples_per_second=c.batch_size / (time.perf_counter() - began), memory_gib=peak_memory_gib())
@@ -357,7 +369,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     state = load_checkpoint(self.folder, there[-1], self.trained, self.optimizer)
     if state["key"] != self.key(): raise PPOError(
         f"{self.folder} holds a run of other settings, prompts, seed or number of processes ({state['processes']}). Choose "
-        "another folder, or start over: resume=False, on the command line --force (of train_rl: --overwrite_output_dir).")
+        "another folder, or start over: resume=False, on the command line --force (train_rl: --overwrite_output_dir).")
     self.counts, self.samples, self.objectives = state["counts"], state["samples"], state["objectives"]
     self.stopped = state["stopped"]
     self.kl.load_state_dict(state["kl"])

@@ -31,8 +31,9 @@ def join():
     if world_size() == 1 or dist.is_initialized(): return
     from accelerate import PartialState
     from deepseek_cookbook.models import precision
-    if precision().device == "cpu": os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState()
+    on_cpu = precision().device == "cpu"
+    if on_cpu: os.environ["ACCELERATE_USE_CPU"] = "true"  # the trainers of transformers read it
+    PartialState(cpu=on_cpu)
 
 def leave():
     "Wait for all, then close the connection."
