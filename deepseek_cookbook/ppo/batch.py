@@ -6,7 +6,7 @@
 __all__ = ['BatchError', 'Batch', 'ask_reward', 'scored', 'look_back', 'set_advantages', 'with_replayed', 'rollout_rows',
            'keep_for_replay', 'measure']
 
-# %% ../../nbs/05f_ppo.batch.ipynb #cf90bbdf
+# %% ../../nbs/05f_ppo.batch.ipynb #bb1a9342
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-# %% ../../nbs/05f_ppo.batch.ipynb #d0181b63
+# %% ../../nbs/05f_ppo.batch.ipynb #a74f6209
 from .control import Lagrangian, Replay, behaviour_ratio, combine_advantages
 from .losses import explained_variance, gae, masked_mean, shape_rewards, token_kl, whiten
 from .policy import Models, values_of
@@ -22,7 +22,7 @@ from deepseek_cookbook.ppo.rollout import (Rollout, RolloutConfig, arithmetic, a
     no_dropout, score)
 from ..reward.combine import Checked
 
-# %% ../../nbs/05f_ppo.batch.ipynb #95e421d5
+# %% ../../nbs/05f_ppo.batch.ipynb #447c9d97
 class BatchError(ValueError):
     "Answers that can't be learnt from; the message says which, why and what to do."
 
@@ -52,7 +52,7 @@ class Batch:
         "Mean over the tokens that were sampled in this step."
         return float(masked_mean(x_BC[:self.fresh], self.mask_BC[:self.fresh]))
 
-# %% ../../nbs/05f_ppo.batch.ipynb #fb49d061
+# %% ../../nbs/05f_ppo.batch.ipynb #0b7a31de
 def ask_reward(
     reward: Checked,
     rows: list[dict],  # prompt and columns
@@ -70,6 +70,7 @@ def ask_reward(
     scores = [math.nan if s is None else s for s in found]
     return torch.tensor(scores, dtype=torch.float32, device=rollout.completion_ids_BC.device)
 
+# %% ../../nbs/05f_ppo.batch.ipynb #161e248a
 def scored(
     rows: list[dict],
     rollout: Rollout,
@@ -86,7 +87,7 @@ def scored(
     if len(known) < len(rows): rollout = rollout.select(known)
     return Batch(rollout, [rows[i] for i in known], score_B[known], cost_B[known], len(known))
 
-# %% ../../nbs/05f_ppo.batch.ipynb #8405d4b7
+# %% ../../nbs/05f_ppo.batch.ipynb #257ee619
 def look_back(
     batch: Batch,  # filled in
     models: Models,
@@ -112,7 +113,7 @@ def look_back(
         then_BC = batch.rollout.drawn_logprobs_BC[old]
         batch.weight_BC[old] *= behaviour_ratio(batch.old_BC[old], then_BC, batch.mask_BC[old])
 
-# %% ../../nbs/05f_ppo.batch.ipynb #0b322206
+# %% ../../nbs/05f_ppo.batch.ipynb #6f13fc32
 def set_advantages(
     batch: Batch,  # filled in
     beta: float,  # price of a nat
@@ -137,7 +138,7 @@ def set_advantages(
     batch.surprise_B = advantages_BC.abs().sum(1) / mask_BC.sum(1)
     batch.advantages_BC = whitened(advantages_BC, mask_BC)
 
-# %% ../../nbs/05f_ppo.batch.ipynb #9832c4f2
+# %% ../../nbs/05f_ppo.batch.ipynb #e8a63289
 def with_replayed(
     batch: Batch,
     replay: Replay,
@@ -161,6 +162,7 @@ def with_replayed(
     return replace(batch, rollout=both, score_B=add(batch.score_B, "score"), cost_B=add(batch.cost_B, "cost"),
                    weight_BC=weight_BC, drawn=tuple(drawn))
 
+# %% ../../nbs/05f_ppo.batch.ipynb #4c46552d
 def rollout_rows(rollout: Rollout, logprobs_BC: torch.Tensor) -> list[dict]:
     "A rollout as rows of plain values."
     r = rollout
@@ -176,7 +178,7 @@ def keep_for_replay(batch: Batch, replay: Replay, step: int) -> int:  # completi
     rows = [r | dict(score=s, cost=c) for r, s, c in zip(rows, batch.score_B.tolist(), batch.cost_B.tolist())]
     return replay.add(rows, surprise[:batch.fresh], step)
 
-# %% ../../nbs/05f_ppo.batch.ipynb #40d9cd03
+# %% ../../nbs/05f_ppo.batch.ipynb #a80b1b7e
 def measure(
     batch: Batch,
 ) -> dict[str, float]:  # of the fresh completions, and of this process
