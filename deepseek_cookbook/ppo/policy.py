@@ -6,7 +6,7 @@
 __all__ = ['PolicyError', 'answering', 'Models', 'beyond_lora', 'upper_lora', 'make_models', 'trained', 'values_of', 'joined',
            'save_policy', 'reward_on_base']
 
-# %% ../../nbs/05e_ppo.policy.ipynb #97d58017
+# %% ../../nbs/05e_ppo.policy.ipynb #14088da1
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
-# %% ../../nbs/05e_ppo.policy.ipynb #cd47f83c
+# %% ../../nbs/05e_ppo.policy.ipynb #b922d862
 from ..models import load_tokenizer
 from ..reward.model import RewardModel, put_head
 from ..settings import read_json
@@ -26,7 +26,7 @@ from ..sft.adapters import adapter_shapes, base_name, check_adapter, whole_folde
 from ..sft.lora import lora_config, matched
 from .rollout import Rollout, base_of, completion_hidden
 
-# %% ../../nbs/05e_ppo.policy.ipynb #0639b3f5
+# %% ../../nbs/05e_ppo.policy.ipynb #13da9c97
 class PolicyError(ValueError):
     "Models that can't be put on one base as asked; the message says why and what to do."
 
@@ -46,7 +46,7 @@ def answering(
         yield model
     finally: choose(before)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #8ea1e0b3
+# %% ../../nbs/05e_ppo.policy.ipynb #680327e2
 @dataclass
 class Models:
     "The models of PPO, on one base (two where all weights are trained)."
@@ -69,14 +69,14 @@ class Models:
         "A block in which `frozen` computes hidden states for the head."
         return answering(self.frozen, *self.start, "value")
 
-# %% ../../nbs/05e_ppo.policy.ipynb #b9e58236
+# %% ../../nbs/05e_ppo.policy.ipynb #3385549e
 def beyond_lora(config: PeftConfig) -> list[str]:
     "What of an adapter is more than low-rank updates of layers, and so can't be switched off or joined."
     if config.peft_type != "LORA": return [str(config.peft_type)]
     kinds = ("target_parameters", "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
     return [k for k in kinds if getattr(config, k, None)] + ["bias"] * (config.bias != "none")
 
-# %% ../../nbs/05e_ppo.policy.ipynb #63016e9c
+# %% ../../nbs/05e_ppo.policy.ipynb #ea464023
 def upper_lora(
     model,  # a base model
     lora: dict,  # the [lora] section
@@ -98,7 +98,7 @@ def upper_lora(
     config.layers_to_transform = list(range(layers - upper_layers, layers))
     return config
 
-# %% ../../nbs/05e_ppo.policy.ipynb #71124c9a
+# %% ../../nbs/05e_ppo.policy.ipynb #1a5912a6
 def make_models(
     base,  # from `load_model`; changed in place
     lora: dict,  # the [lora] section
@@ -131,7 +131,7 @@ def make_models(
     _open(models)
     return models
 
-# %% ../../nbs/05e_ppo.policy.ipynb #a97e66f1
+# %% ../../nbs/05e_ppo.policy.ipynb #570d1586
 def _with_start(base, start):
     "The base, with the adapter to start from."
     if not start: return base
@@ -157,7 +157,7 @@ def _open(models: Models):
         model.eval().requires_grad_(False)
     for p in trained(models).values(): p.requires_grad_(True)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #0ee15a4a
+# %% ../../nbs/05e_ppo.policy.ipynb #f407c68f
 def trained(models: Models) -> dict[str, torch.nn.Parameter]:
     "What the optimizer gets, by name: `policy.…`, `value.…` and `head.…`."
     full = models.policy is not models.frozen
@@ -171,7 +171,7 @@ def _layer(name: str) -> int:
     "The number of the layer; -1 for what lies below the first."
     return next((int(part) for part in name.split(".") if part.isdigit()), 10**6 if "norm" in name else -1)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #9ab4d871
+# %% ../../nbs/05e_ppo.policy.ipynb #8d7edc00
 def values_of(
     models: Models,
     rollout: Rollout,  # or a minibatch of one
@@ -180,7 +180,7 @@ def values_of(
     with models.as_value(): hidden_BCD = completion_hidden(models.frozen, rollout)
     with torch.autocast(hidden_BCD.device.type, enabled=False): return models.head(hidden_BCD.float())
 
-# %% ../../nbs/05e_ppo.policy.ipynb #5cb48c4f
+# %% ../../nbs/05e_ppo.policy.ipynb #3effbed4
 def joined(
     model,  # a PEFT model
     names: tuple[str, ...],  # adapters whose updates are added
@@ -201,7 +201,7 @@ def joined(
                       task_type="CAUSAL_LM", inference_mode=True,
                       base_model_name_or_path=base_name(base_of(model).name_or_path)), tensors
 
-# %% ../../nbs/05e_ppo.policy.ipynb #67501c3d
+# %% ../../nbs/05e_ppo.policy.ipynb #db6f3b68
 def save_policy(
     models: Models,
     folder: str | Path,  # an older one there is replaced
@@ -215,7 +215,7 @@ def save_policy(
             save_file(tensors, part / "adapter_model.safetensors")
     return Path(folder)
 
-# %% ../../nbs/05e_ppo.policy.ipynb #c9ca6e08
+# %% ../../nbs/05e_ppo.policy.ipynb #1dbb0afe
 def reward_on_base(
     models: Models,  # changed in place: gets one more adapter
     folder: str | Path,  # what `train_reward` left
