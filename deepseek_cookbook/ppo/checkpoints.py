@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'checkpoint_folder', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'best_step', 'forget',
            'run_key']
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #999ecab4
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #b71cf27b
 import hashlib, json, math, pickle, shutil
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #cd347c4c
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #32808a0e
 from ..settings import read_json, write_json
 from ..sft.adapters import whole_folder
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #7a54c5b1
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #88909995
 class CheckpointError(RuntimeError):
     "A checkpoint that can't be gone on from; the message says why and what to do."
 
@@ -32,7 +32,7 @@ def checkpoints(folder: str | Path) -> dict[int, dict]:  # step -> its state
             found[int(path.name.rpartition("-")[2])] = read_json(path / "state.json")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #bb673528
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #3ea1fd15
 def save_checkpoint(
     folder: str | Path,  # of the run
     step: int,  # steps that are done
@@ -48,7 +48,7 @@ def save_checkpoint(
         write_json(part / "state.json", state | dict(step=step))
     return path
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #70a30310
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #aa680d6c
 @torch.no_grad()
 def load_checkpoint(
     folder: str | Path,
@@ -72,7 +72,7 @@ def load_checkpoint(
     if optimizer: optimizer.load_state_dict(moments)
     return read_json(path / "state.json")
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #9a6a35e5
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #98d55dd0
 def best_step(
     found: dict[int, dict],  # from `checkpoints`
     until: int | None = None,  # the newest step that may be chosen; None: any
@@ -84,7 +84,7 @@ def best_step(
 
 def _number(x) -> float: return x if isinstance(x, int | float) and math.isfinite(x) else -math.inf
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #4494261a
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #d607bc4a
 def forget(
     folder: str | Path,
     keep: int,  # so many of the newest; the first and the best stay too
@@ -97,7 +97,7 @@ def forget(
     for step in gone: shutil.rmtree(checkpoint_folder(folder, step))
     return gone
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #a9de1331
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #c8671f12
 def run_key(*parts) -> str:
     "A hash of what must not change between a run and its continuation."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

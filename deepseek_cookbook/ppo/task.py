@@ -6,7 +6,7 @@
 __all__ = ['Rewards', 'check_reward', 'make_reward', 'train_ppo', 'TaskConfig', 'task_rows', 'task_reward', 'measured_on',
            'before_and_after', 'ppo_phase']
 
-# %% ../../nbs/05i_ppo.task.ipynb #b46e261b
+# %% ../../nbs/05i_ppo.task.ipynb #2cf09955
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-# %% ../../nbs/05i_ppo.task.ipynb #8728a65c
+# %% ../../nbs/05i_ppo.task.ipynb #11da7255
 from ..guards import make_guards
 from ..models import load_model, load_tokenizer, precision
 from .engines import make_engine
@@ -33,18 +33,22 @@ from ..sft.checks import TrainError, told_plainly
 from ..sft.distributed import join, on_main, one_failure
 from ..sft.train import open_log, ready_base
 
-# %% ../../nbs/05i_ppo.task.ipynb #948d0abe
+# %% ../../nbs/05i_ppo.task.ipynb #6afa810e
 Rewards = Callable | str | Path | dict  # a function, the folder of a reward model, or {name: (weight, one of these)}
 
 def check_reward(reward: Rewards, force: bool = False):
     "Refuse, before anything is loaded, a reward model that did not pass its gate."
     if isinstance(reward, dict):
-        for _, part in reward.values(): check_reward(part, force)
+        for name, part in reward.items():
+            pair = isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[0], int | float)
+            if not pair: raise PPOError(f"reward {name!r}: found {part!r:.60}. Write (weight, reward).")
+            check_reward(part[1], force)
     elif isinstance(reward, str | Path): check_gate(reward, force)
     elif not callable(reward): raise PPOError(
-        f"reward: found {type(reward).__name__}. Give a function (prompts, completions, **columns) -> scores, the folder of a "
-        "reward model, or {name: (weight, one of these)}.")
+        f"reward: found {type(reward).__name__}. Give a function (prompts, completions, **columns) -> scores, the "
+        "folder of a reward model, or {name: (weight, one of these)}.")
 
+# %% ../../nbs/05i_ppo.task.ipynb #d25180b3
 def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable:
     "A reward as a function; reward models of the same base become adapters on it."
     if isinstance(reward, dict):
@@ -54,7 +58,7 @@ def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable
     try: return reward_on_base(models, reward, exact)
     except PolicyError: return load_reward(reward, exact=exact)  # of another base: a model of its own
 
-# %% ../../nbs/05i_ppo.task.ipynb #2b35c4f4
+# %% ../../nbs/05i_ppo.task.ipynb #e0008b71
 def train_ppo(
     settings: Settings,  # [model], [lora], [rollout], [ppo], [monitor], [run]
     rows: list[dict],  # prompts with columns for the reward, records, or preferences
@@ -74,28 +78,31 @@ def train_ppo(
         join()
         if not resume: on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         transformers.set_seed(seed)
-        base, tokenizer = ready_base(settings, load_model(**settings["model"])), load_tokenizer(settings["model"]["name"])
+        base = ready_base(settings, load_model(**settings["model"]))
+        tokenizer = load_tokenizer(settings["model"]["name"])
         if precision().gradient_checkpointing: base.gradient_checkpointing_enable(dict(use_reentrant=False))
         models = make_models(base, settings["lora"], start, config.upper_layers, config.value_layers, config.full,
                              1 if cost is None else 2, seed)
-        engine = None if config.engine == "transformers" else make_engine(config.engine, models.policy, tokenizer, rollout)
+        usual = config.engine == "transformers"
+        engine = None if usual else make_engine(config.engine, models.policy, tokenizer, rollout)
         with open_log(settings, folder) as log:
-            trainer = PPOTrainer(config, models, tokenizer, prompt_rows(rows), make_reward(reward, models), folder, rollout,
-                                 cost, log, make_guards(watch), engine, seed, quiet)
+            trainer = PPOTrainer(config, models, tokenizer, prompt_rows(rows), make_reward(reward, models), folder,
+                                 rollout, cost, log, make_guards(watch), engine, seed, quiet)
             return models, trainer.train(resume)
 
-# %% ../../nbs/05i_ppo.task.ipynb #f365834d
+# %% ../../nbs/05i_ppo.task.ipynb #60e0b64c
 @contextmanager
 def _told(folder: Path):
     "A full disk and a lack of memory, told in the words of this chapter."
     try:
         with told_plainly(folder): yield
     except TrainError as e:
-        raise PPOError(str(e).replace("Halve sft.per_device_train_batch_size and double sft.gradient_accumulation_steps, set "
-            "sft.activation_checkpointing=true", "Halve ppo.per_device_train_batch_size and rollout.batch_size, set "
-            "ppo.upper_layers").replace("sft.", "ppo.")) from e
+        theirs = ("Halve sft.per_device_train_batch_size and double sft.gradient_accumulation_steps, set "
+                  "sft.activation_checkpointing=true")
+        ours = "Halve ppo.per_device_train_batch_size and rollout.batch_size, set ppo.upper_layers"
+        raise PPOError(str(e).replace(theirs, ours).replace("sft.", "ppo.")) from e
 
-# %% ../../nbs/05i_ppo.task.ipynb #a04ea4c3
+# %% ../../nbs/05i_ppo.task.ipynb #4c58d85d
 @dataclass
 class TaskConfig:
     "What the pipeline's policy is asked, and what it is paid for."
@@ -113,6 +120,7 @@ class TaskConfig:
         wrong = [f"task.{k} = {getattr(self, k)!r}: from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
         if wrong: raise PPOError("; ".join(wrong))
 
+# %% ../../nbs/05i_ppo.task.ipynb #48c6b786
 def task_rows(config: TaskConfig, seed: int) -> tuple[list[dict], list[dict]]:  # to train on, held out
     "Prompts of the bank desk with their true intent."
     train, held, _ = bank_pairs(config.prompts, seed, config.heldout, config.chinese)
@@ -123,7 +131,7 @@ def task_reward(config: TaskConfig, folder: Path) -> Rewards:  # folder: what th
     return {"rules": gold_reward, "model": folder,
             "both": dict(rules=(0.5, gold_reward), model=(0.5, folder))}[config.reward]
 
-# %% ../../nbs/05i_ppo.task.ipynb #b6d97fb4
+# %% ../../nbs/05i_ppo.task.ipynb #a14e6732
 def measured_on(
     models: Models,
     who,  # models.as_policy or models.as_reference
@@ -145,8 +153,15 @@ def measured_on(
                 completion_length=float(rollout.lengths_B.float().mean()), distinct=len(set(rollout.texts)) / len(rows),
                 kl=float(k3_BC[mask_BC].mean()), answers=rollout.texts, scores=gold_N.round(3).tolist())
 
-# %% ../../nbs/05i_ppo.task.ipynb #12c245f6
-def before_and_after(models: Models, tokenizer, rows: list[dict], config: RolloutConfig, seed: int, samples: int) -> dict:
+# %% ../../nbs/05i_ppo.task.ipynb #ce9b2425
+def before_and_after(
+    models: Models,
+    tokenizer,
+    rows: list[dict],  # prompt and intent
+    config: RolloutConfig,
+    seed: int,
+    samples: int,  # answers that are kept, of the first rows
+) -> dict:  # before, after, gain with its paired error, answers side by side
     "The same prompts and random numbers for the start and for the trained policy."
     sides = {name: measured_on(models, who, tokenizer, rows, config, seed)
              for name, who in (("before", models.as_reference), ("after", models.as_policy))}
@@ -157,6 +172,7 @@ def before_and_after(models: Models, tokenizer, rows: list[dict], config: Rollou
     return sides | dict(answers=answers, gain=float(gain_N.mean()),
                         gain_error=float(gain_N.std(ddof=1) / len(gain_N)**0.5))  # paired
 
+# %% ../../nbs/05i_ppo.task.ipynb #12cd4789
 def ppo_phase(
     settings: Settings,
     run: RunFolder,  # with the adapter of the SFT phase, and the model of the reward phase
