@@ -6,17 +6,17 @@
 __all__ = ['ARGUMENTS', 'SECTIONS_USED', 'ArgumentError', 'Parser', 'make_parser', 'to_settings', 'prompt_of', 'read_prompts',
            'find_reward', 'checked_call', 'make_folder', 'train_rl', 'main']
 
-# %% ../nbs/11a_train_rl.ipynb #ef5a8291
+# %% ../nbs/11a_train_rl.ipynb #e0e36ac7
 import argparse, inspect, json, math, os, sys
 from importlib import import_module
 from pathlib import Path
 
-# %% ../nbs/11a_train_rl.ipynb #4b424911
+# %% ../nbs/11a_train_rl.ipynb #d3608739
 from .data.convert import check_chat, preference_row
 from .data.formats import FIELDS, OPTIONAL, DataError, check_record, iter_lines
 from .settings import Settings, load_settings, nearest, write_json
 
-# %% ../nbs/11a_train_rl.ipynb #e654e5e3
+# %% ../nbs/11a_train_rl.ipynb #98721e4f
 ARGUMENTS = {  # argument: the setting that it is, and what that means
     "model_name": ("model.name", "a registry name, hub id, local folder or .gguf file"),
     "learning_rate": ("ppo.learning_rate", "of the policy"),
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         hint = nearest(word, known) if word.startswith("-") and word not in known else ""
         raise ArgumentError(f"{message}.{hint} --help lists the arguments.")
 
-# %% ../nbs/11a_train_rl.ipynb #63ec499c
+# %% ../nbs/11a_train_rl.ipynb #fcedb39a
 def make_parser() -> Parser:
     "The command line."
     p = Parser("train_rl", allow_abbrev=False, description="PPO on prompts and a reward of your own, in as many "
@@ -64,7 +64,7 @@ def make_parser() -> Parser:
     p.add_argument("overrides", nargs="*", help="settings to override, such as ppo.kl_target=6")
     return p
 
-# %% ../nbs/11a_train_rl.ipynb #a4fd4aee
+# %% ../nbs/11a_train_rl.ipynb #45cccbc2
 def to_settings(
     asked: argparse.Namespace,  # from `make_parser`
     rows: int,  # number of prompts
@@ -81,7 +81,7 @@ def to_settings(
     for section in ("run", "model", "rollout", "ppo", "monitor"): settings.build(section)
     return settings
 
-# %% ../nbs/11a_train_rl.ipynb #04b18fb5
+# %% ../nbs/11a_train_rl.ipynb #a8632f52
 def prompt_of(
     row,  # what a line of the file holds
 ) -> tuple[dict, list[str]]:  # the row with its question as a prompt, and the faults
@@ -102,7 +102,7 @@ def prompt_of(
         return row, check_record({"input": "", "history": []} | known | {"output": "-"})
     return {}, [f"record: found the fields {', '.join(row) or 'none'}, write a prompt, or an instruction"]
 
-# %% ../nbs/11a_train_rl.ipynb #386fd9e0
+# %% ../nbs/11a_train_rl.ipynb #47adb237
 def read_prompts(
     path: str | Path,  # JSON Lines
     show: int = 20,  # faults listed in the error; all are counted
@@ -120,7 +120,7 @@ def read_prompts(
     if not rows: raise DataError(f"{path}: no prompts in the file. Write one JSON object a line, with a prompt.")
     return prompt_rows(rows)
 
-# %% ../nbs/11a_train_rl.ipynb #3f725368
+# %% ../nbs/11a_train_rl.ipynb #ddb783a9
 def find_reward(
     name: str,  # rules, a folder, or module:function
     columns: set[str] = frozenset(),  # of the data, beside the prompt
@@ -145,7 +145,7 @@ def find_reward(
         f"{where}: {module} has no {attribute!r}.{nearest(attribute, [n for n in vars(found) if n[0] != '_'])}")
     return checked_call(getattr(found, attribute), where, columns)
 
-# %% ../nbs/11a_train_rl.ipynb #f55bdc58
+# %% ../nbs/11a_train_rl.ipynb #334253e4
 def checked_call(reward, where: str, columns: set[str]):
     "The reward, if it can be called with what it will be called with."
     wanted = "a function (prompts, completions, **columns) -> one number a row"
@@ -157,7 +157,7 @@ def checked_call(reward, where: str, columns: set[str]):
     except ValueError: pass  # a function without a signature: the first call will tell
     return reward
 
-# %% ../nbs/11a_train_rl.ipynb #855683f3
+# %% ../nbs/11a_train_rl.ipynb #1d0d4cff
 def make_folder(folder: Path):
     "Refuse an output folder that can't be written."
     try: folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def make_folder(folder: Path):
     if not os.access(folder, os.W_OK):
         raise ArgumentError(f"--output_dir {folder}: can't be written. Give another folder.")
 
-# %% ../nbs/11a_train_rl.ipynb #135751d0
+# %% ../nbs/11a_train_rl.ipynb #05a86e85
 SECTIONS_USED = ("run", "model", "lora", "rollout", "ppo", "monitor")
 
 def train_rl(
@@ -180,9 +180,9 @@ def train_rl(
     settings = to_settings(asked, len(rows))
     reward, c = find_reward(asked.reward_model, {k for r in rows for k in r} - {"prompt"}), settings.build("ppo")
     on_main(lambda: make_folder(folder))
+    steps = math.ceil(c.total_episodes / c.batch_size)
     tell(f"{settings['model']['name']}, profile {settings.profile}: {len(rows)} prompts of {asked.dataset_path}, "
-         f"reward {asked.reward_model}, {math.ceil(c.total_episodes / c.batch_size)} steps of {c.batch_size} completions, "
-         f"processes: {world_size()}")
+         f"reward {asked.reward_model}, {steps} steps of {c.batch_size} completions, processes: {world_size()}")
     _, figures = train_ppo(settings, rows, reward, folder, asked.adapter, resume=not asked.overwrite_output_dir,
                            force=asked.force, quiet=asked.quiet)
     record = dict(arguments=vars(asked), profile=settings.profile, made_with=made_with(), result=figures,
@@ -191,7 +191,7 @@ def train_rl(
     tell(f"adapter, metrics and samples: {folder}")
     return figures
 
-# %% ../nbs/11a_train_rl.ipynb #c71a859f
+# %% ../nbs/11a_train_rl.ipynb #d4b45250
 def main(
     words: list[str] | None = None,  # the command line; None: that of this program
 ) -> int:  # exit code: 0, 1 for an error that was told, 2 for a wrong command line, 130 for Ctrl-C
@@ -212,7 +212,7 @@ def main(
     if is_main(): print(json.dumps(figures, ensure_ascii=False, indent=1))
     return 0
 
-# %% ../nbs/11a_train_rl.ipynb #e36d6a86
+# %% ../nbs/11a_train_rl.ipynb #db62caa6
 if __name__ == "__main__":
     from deepseek_cookbook.train_rl import main as begin  # by its name, or its errors would belong to __main__
     sys.exit(begin())

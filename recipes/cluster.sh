@@ -4,6 +4,7 @@
 #   GPUS=4 recipes/cluster.sh                      # on four of them
 #   SHARD=1 recipes/cluster.sh                     # FSDP2: every GPU holds a part of every weight
 #   recipes/cluster.sh data.source=my.jsonl        # any setting can be overridden
+#   PROMPTS=my.jsonl REWARD=my_reward:score recipes/cluster.sh   # then PPO on prompts and a reward of your own
 # Run again to go on, with the same number of GPUs: a checkpoint is continued by as many processes as wrote it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,5 +23,16 @@ else
   torchrun --standalone --nproc_per_node="$gpus" -m deepseek_cookbook.cli sft --profile cluster "$@"
 fi
 
-# The rest: evaluation and report. The same settings, so that the training above is found finished.
+# The reward model by one process, then PPO by all: each GPU holds the whole base.
+deepseek-cookbook cook --profile cluster --only reward "$@"
+torchrun --standalone --nproc_per_node="$gpus" -m deepseek_cookbook.cli ppo --profile cluster "$@"
+
+# The rest: evaluation and report. The same settings, so that the trainings above are found finished.
 deepseek-cookbook cook --profile cluster "$@"
+
+# PPO on prompts and a reward of your own, from the adapter of SFT.
+if [[ -n "${PROMPTS:-}" ]]; then
+  torchrun --standalone --nproc_per_node="$gpus" -m deepseek_cookbook.train_rl --profile cluster \
+    --dataset_path "$PROMPTS" --reward_model "${REWARD:-rules}" --output_dir "${OUT:-runs/cluster/train_rl}" \
+    --adapter "${ADAPTER:-runs/cluster/sft/adapter}" "$@"
+fi

@@ -3,6 +3,7 @@
 #   recipes/one_gpu.sh                             # the profile gpu
 #   recipes/one_gpu.sh data.source=my.jsonl        # any setting can be overridden
 #   MEMORY_MIB=24000 recipes/one_gpu.sh            # plan for less memory than the card has
+#   PROMPTS=my.jsonl REWARD=my_reward:score recipes/one_gpu.sh   # then PPO on prompts and a reward of your own
 # Run again to go on: what is finished is skipped, what was cut off is continued.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,5 +24,12 @@ deepseek-cookbook cook --profile gpu --only data "${settings[@]}"
 accelerate launch --config_file "recipes/accelerate/$config.yaml" \
   -m deepseek_cookbook.cli sft --profile gpu "${settings[@]}"
 
-# The rest: evaluation and report. The same settings, so that the training above is found finished.
+# The rest: reward model, PPO, evaluation and report. The same settings, so that the training above is found finished.
 deepseek-cookbook cook --profile gpu "${settings[@]}"
+
+# PPO on prompts and a reward of your own, from the adapter of SFT.
+if [[ -n "${PROMPTS:-}" ]]; then
+  python -m deepseek_cookbook.train_rl --profile gpu \
+    --dataset_path "$PROMPTS" --reward_model "${REWARD:-rules}" --output_dir "${OUT:-runs/gpu/train_rl}" \
+    --adapter "${ADAPTER:-runs/gpu/sft/adapter}" "${settings[@]}"
+fi

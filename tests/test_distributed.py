@@ -13,9 +13,10 @@ import torch
 import two_processes
 
 from deepseek_cookbook.cli import app
-from deepseek_cookbook.settings import load_settings, read_jsonl
+from deepseek_cookbook.settings import load_settings, read_jsonl, write_jsonl
 from deepseek_cookbook.sft.distributed import is_main, on_main, one_failure, rank, world_size
 from deepseek_cookbook.sft.train import TrainError, train_sft
+from deepseek_cookbook.train_rl import make_parser
 
 SCRIPT = Path(two_processes.__file__)
 ROOT = SCRIPT.parent.parent
@@ -158,9 +159,12 @@ def test_a_recipe_names_what_exists(path):
     "Profiles, settings, configurations and commands in it are real."
     text = path.read_text()
     for profile in re.findall(r"--profile (\w+)", text):
-        load_settings(profile, re.findall(r"\b(?:model|sft|lora)\.\w+=[\w.-]+", text))
-    for command in re.findall(r"^\s*deepseek-cookbook (\w+)", text, re.M):
+        load_settings(profile, re.findall(r"\b(?:model|sft|lora|ppo)\.\w+=[\w.-]+", text))
+    for command in re.findall(r"^\s*deepseek-cookbook (\w+)|deepseek_cookbook\.cli (\w+)", text, re.M):
+        command = "".join(command)
         assert command in {c.name or c.callback.__name__ for c in app.registered_commands}
+    for argument in re.findall(r" (--\w*_\w+|--adapter) ", "".join(re.findall(r"train_rl(?:.*\\\n)*.*", text))):
+        assert argument in make_parser().format_help()
     for config in re.findall(r"config=(\w+)", text) + re.findall(r"accelerate/(\w+)\.yaml", text):
         assert config in {p.stem for p in CONFIGS}
 
@@ -183,8 +187,12 @@ def test_accelerate_knows_every_key(path):
 def test_the_laptop_recipe_runs(tmp_path):
     "The real file, with the toy model and two steps."
     words = [f"run.folder={tmp_path}", *two_processes.QUIET, "evaluate.quiet=true", "evaluate.samples=1",
-             "data.limit=16", "sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2"]
-    done = subprocess.run([ROOT / "recipes/laptop.sh", *words], env=os.environ | {"PROFILE": "tiny"},
+             "data.limit=16", "sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2", "ppo.total_episodes=8",
+             "reward.max_steps=4", "reward.eval_steps=2", "reward.save_steps=2"]
+    write_jsonl(tmp_path / "asked.jsonl", [dict(prompt="My card is lost.", intent="card")])
+    own = dict(PROFILE="tiny", PROMPTS=tmp_path / "asked.jsonl", OUT=tmp_path / "own", ADAPTER=tmp_path / "tiny/sft/adapter")
+    done = subprocess.run([ROOT / "recipes/laptop.sh", *words], env=os.environ | {k: str(v) for k, v in own.items()},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "tiny/report.html").is_file()
+    assert (tmp_path / "own/adapter/adapter_model.safetensors").is_file()
