@@ -34,6 +34,7 @@ from .rollout import (RolloutConfig, arithmetic, base_of, by_length, encode_prom
 from ..reward.combine import Checked
 from ..runlog import MetricsLog
 from ..settings import write_jsonl, read_jsonl
+from ..sft.adapters import base_name
 from ..sft.distributed import is_main, on_main, rank, world_size
 
 # %% ../../nbs/05b_ppo.train.ipynb #db633492
@@ -338,8 +339,8 @@ def state(self: PPOTrainer) -> dict:
                  stopped=self.stopped, key=self.key(), processes=world_size())
     found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
     found["faults"] = gather_object([dict(self.reward.counts)])
-    recent = self.objectives[-5:]
-    means = [sum(r[i] for r in recent) / len(recent) if recent else None for i in (0, 1)]
+    recent = list(zip(*self.objectives[-5:])) or [(None,)] * 2
+    means = [None if None in x else sum(x) / len(x) for x in recent]
     limit = self.config.cost_limit
     return found | dict(objective=means[0], within_limit=limit is None or means[1] is not None and means[1] <= limit)
 
@@ -347,8 +348,10 @@ def state(self: PPOTrainer) -> dict:
 def key(self: PPOTrainer) -> str:
     "What must be the same when a run goes on."
     free = ("total_episodes", "save_steps", "save_total_limit", "log_samples")
+    start = sum(float(p.double().sum()) for n, p in self.models.frozen.named_parameters() if ".start." in n)
     return run_key({k: v for k, v in asdict(self.config).items() if k not in free}, asdict(self.rollout), self.seed,
-                   [r["prompt"] for r in self.rows], world_size())
+                   [r["prompt"] for r in self.rows], world_size(), f"{start:.6g}",
+                   base_name(base_of(self.models.policy).name_or_path))
 
 @patch
 def save(self: PPOTrainer):
@@ -368,8 +371,9 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     if not there: return None
     state = load_checkpoint(self.folder, there[-1], self.trained, self.optimizer)
     if state["key"] != self.key(): raise PPOError(
-        f"{self.folder} holds a run of other settings, prompts, seed or number of processes ({state['processes']}). Choose "
-        "another folder, or start over: resume=False, on the command line --force (train_rl: --overwrite_output_dir).")
+        f"{self.folder} holds a run of another model, start or seed, of other settings or prompts, or of another number of "
+        f"processes ({state['processes']}). Choose another folder, or start over: resume=False, on the command line "
+        "--force (train_rl: --overwrite_output_dir).")
     self.counts, self.samples, self.objectives = state["counts"], state["samples"], state["objectives"]
     self.stopped = state["stopped"]
     self.kl.load_state_dict(state["kl"])
@@ -418,7 +422,7 @@ def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     with bar:
         while self.counts["done"] < self.steps and not self.stopped:
             found = self.one_step()
-            self.objectives.append([found["objective"], found["cost"]])
+            self.objectives.append([x if math.isfinite(x) else None for x in (found["objective"], found["cost"])])
             self.watch.step(self.counts["done"], **found)
             bar.set_postfix(reward=f"{found['reward']:.3f}", kl=f"{found['kl']:.3f}")
             bar.update()
