@@ -14,7 +14,7 @@ from deepseek_cookbook.models import load_tokenizer
 from deepseek_cookbook.ppo import policy as P
 from deepseek_cookbook.ppo import task
 from deepseek_cookbook.ppo.policy import PolicyError, make_models, reward_on_base, save_policy, trained
-from deepseek_cookbook.ppo.rollout import base_of, sample, score
+from deepseek_cookbook.ppo.rollout import base_of, sample, score, token_logprobs
 from deepseek_cookbook.ppo.task import check_reward, make_reward, train_ppo
 from deepseek_cookbook.ppo.train import PPOError
 from deepseek_cookbook.reward.gate import GateError
@@ -165,11 +165,11 @@ def test_the_saved_adapter_is_start_and_policy_weight_by_weight(tmp_path, name, 
     models = shaken(make_models(peaked(name), LORA, folder, upper))
     saved = with_start(save_policy(models, tmp_path / "saved"), name)
     wanted, found = deltas(models.policy, "start", "policy"), deltas(saved, "default")
-    assert wanted.keys() == found.keys() and len(wanted) > 10
+    assert wanted.keys() == found.keys() and len(wanted) > 8
     for path, x in wanted.items():
         assert torch.allclose(found[path], x, atol=1e-6), path
     old = deltas(models.policy, "start")
-    moved = {path for path, x in found.items() if not torch.allclose(x, old[path], atol=1e-6)}
+    moved = {path for path, x in found.items() if not torch.allclose(x, old.get(path, 0 * x), atol=1e-6)}
     assert moved == {p for p in wanted if upper is None or layer_of(p) == 1}
     rollout = said_by(models, name)
     again, _ = score(saved, rollout, EXACT)
@@ -191,6 +191,16 @@ def test_a_trained_policy_is_not_its_start(tmp_path):
     kept = load_file(folder / "adapter_model.safetensors")  # and the start is as it was
     now = {n: p for n, p in models.policy.state_dict().items() if ".start." in n}
     assert now and all(torch.equal(p, kept[n.replace(".start.", ".")]) for n, p in now.items())
+
+
+def test_a_run_from_another_start_is_not_continued(tmp_path):
+    "Its tensors have the same names and shapes, and would be added to the wrong base."
+    for size, more in ((0.05, 1), (0.05, 2)):
+        models = make_models(peaked(), LORA, start_adapter(tmp_path / "start", size=size))
+        trainer(tmp_path / "run", more, models=models).train()
+    models = make_models(peaked(), LORA, start_adapter(tmp_path / "other", size=0.06))
+    with pytest.raises(PPOError, match="another model, start"):
+        trainer(tmp_path / "run", 3, models=models).train()
 
 
 def test_all_weights_are_saved_as_a_model(tmp_path):
@@ -216,7 +226,7 @@ def reward_model(folder, seed=3, heads=1, r=4, name="tiny-llama", passed=True):
     model = get_peft_model(model, lora)
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if "lora_B" in n or "score" in n and "modules_to_save" in n:
+            if "lora_B" in n or ("score" in n and "modules_to_save" in n):
                 p.copy_(0.2 * torch.randn(p.shape))
     names = [f"head{i}" for i in range(heads)]
     save_reward(model, folder, dict(base=name, names=names, mean=0.1, std=2.0, max_length=512))
@@ -348,3 +358,13 @@ def test_a_start_below_the_layers_is_refused(tmp_path, more, found):
     get_peft_model(peaked(), config).save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match=found):
         make_models(peaked(), LORA, tmp_path)
+
+
+def test_the_value_has_no_adapter_on_the_output_layer(tmp_path):
+    models = make_models(peaked(), LORA | dict(target_modules=["lm_head", "q_proj"]))
+    rollout = said_by(models)
+    with models.as_policy():
+        token_logprobs(models.policy, rollout)[0].sum().backward()
+    P.values_of(models, rollout).sum().backward()
+    assert {n.split(".")[0] for n in trained(models) if "lm_head" in n} == {"policy"}
+    assert all(p.grad is not None for p in trained(models).values())  # torchrun adds up all gradients

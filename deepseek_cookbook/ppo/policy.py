@@ -164,7 +164,9 @@ def trained(models: Models) -> dict[str, torch.nn.Parameter]:
     of = lambda model, mark: {n: p for n, p in model.named_parameters() if mark in n}
     policy = of(models.policy, "" if full else ".policy.")
     if full and models.below: policy = {n: p for n, p in policy.items() if _layer(n) >= models.below}
-    parts = dict(policy=policy, value=of(models.frozen, ".value."), head=dict(models.head.named_parameters()))
+    unread = {id(p) for p in base_of(models.frozen).get_output_embeddings().parameters()}  # by the value: it has a head
+    value = {n: p for n, p in of(models.frozen, ".value.").items() if id(p) not in unread}
+    parts = dict(policy=policy, value=value, head=dict(models.head.named_parameters()))
     return {f"{part}.{n}": p for part, named in parts.items() for n, p in named.items()}
 
 def _layer(name: str) -> int:
