@@ -27,7 +27,7 @@ fi
 deepseek-cookbook cook --profile cluster --only reward "$@"
 torchrun --standalone --nproc_per_node="$gpus" -m deepseek_cookbook.cli ppo --profile cluster "$@"
 
-# The rest: evaluation and report. The same settings, so that the trainings above are found finished.
+# The rest: principles, evaluation and report. The same settings, so that the trainings above are found finished.
 deepseek-cookbook cook --profile cluster "$@"
 
 # PPO on prompts and a reward of your own, from the adapter of SFT.

@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPIN
 
 if [[ "$profile" == laptop ]]; then deepseek-cookbook fetch; fi
 
-# data -> SFT -> reward -> PPO -> evaluation -> report
+# data -> SFT -> reward -> PPO -> principles -> evaluation -> report
 deepseek-cookbook cook --profile "$profile" "$@"
 
 # PPO on prompts and a reward of your own, from the adapter of SFT.

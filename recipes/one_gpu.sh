@@ -24,7 +24,7 @@ deepseek-cookbook cook --profile gpu --only data "${settings[@]}"
 accelerate launch --config_file "recipes/accelerate/$config.yaml" \
   -m deepseek_cookbook.cli sft --profile gpu "${settings[@]}"
 
-# The rest: reward model, PPO, evaluation and report. The same settings, so that the training above is found finished.
+# The rest: reward model, PPO, principles, evaluation and report. The same settings, so that the training above is found finished.
 deepseek-cookbook cook --profile gpu "${settings[@]}"
 
 # PPO on prompts and a reward of your own, from the adapter of SFT.

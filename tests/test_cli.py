@@ -17,7 +17,7 @@ SHORT = ["reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "re
 
 def test_help_names_every_command_in_a_sentence():
     out = runner.invoke(app, ["--help"]).stdout
-    for command in ("cook", "sft", "merge", "push", "doctor", "plan", "settings", "fetch"):
+    for command in ("cook", "sft", "ppo", "merge", "push", "doctor", "plan", "settings", "fetch"):
         assert command in out
         one = runner.invoke(app, [command, "--help"])
         assert one.exit_code == 0 and "Usage" in one.stdout

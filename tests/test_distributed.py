@@ -190,8 +190,9 @@ def test_the_laptop_recipe_runs(tmp_path):
              "data.limit=16", "sft.max_steps=2", "sft.eval_steps=2", "sft.save_steps=2", "ppo.total_episodes=8",
              "reward.max_steps=4", "reward.eval_steps=2", "reward.save_steps=2"]
     write_jsonl(tmp_path / "asked.jsonl", [dict(prompt="My card is lost.", intent="card")])
-    own = dict(PROFILE="tiny", PROMPTS=tmp_path / "asked.jsonl", OUT=tmp_path / "own", ADAPTER=tmp_path / "tiny/sft/adapter")
-    done = subprocess.run([ROOT / "recipes/laptop.sh", *words], env=os.environ | {k: str(v) for k, v in own.items()},
+    own = dict(PROFILE="tiny", PROMPTS=f"{tmp_path}/asked.jsonl", OUT=f"{tmp_path}/own",
+               ADAPTER=f"{tmp_path}/tiny/sft/adapter")
+    done = subprocess.run([ROOT / "recipes/laptop.sh", *words], env=os.environ | own,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "tiny/report.html").is_file()
