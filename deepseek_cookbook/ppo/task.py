@@ -6,7 +6,7 @@
 __all__ = ['Rewards', 'check_reward', 'make_reward', 'train_ppo', 'TaskConfig', 'task_rows', 'task_reward', 'measured_on',
            'before_and_after', 'ppo_phase']
 
-# %% ../../nbs/05i_ppo.task.ipynb #2cf09955
+# %% ../../nbs/05i_ppo.task.ipynb #c6eaccd0
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-# %% ../../nbs/05i_ppo.task.ipynb #11da7255
+# %% ../../nbs/05i_ppo.task.ipynb #9c7ceb34
 from ..guards import make_guards
 from ..models import load_model, load_tokenizer, precision
 from .engines import make_engine
@@ -33,7 +33,7 @@ from ..sft.checks import TrainError, told_plainly
 from ..sft.distributed import join, on_main, one_failure
 from ..sft.train import open_log, ready_base
 
-# %% ../../nbs/05i_ppo.task.ipynb #6afa810e
+# %% ../../nbs/05i_ppo.task.ipynb #30dd2adc
 Rewards = Callable | str | Path | dict  # a function, the folder of a reward model, or {name: (weight, one of these)}
 
 def check_reward(reward: Rewards, force: bool = False):
@@ -48,7 +48,7 @@ def check_reward(reward: Rewards, force: bool = False):
         f"reward: found {type(reward).__name__}. Give a function (prompts, completions, **columns) -> scores, the "
         "folder of a reward model, or {name: (weight, one of these)}.")
 
-# %% ../../nbs/05i_ppo.task.ipynb #d25180b3
+# %% ../../nbs/05i_ppo.task.ipynb #a44648c4
 def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable:
     "A reward as a function; reward models of the same base become adapters on it."
     if isinstance(reward, dict):
@@ -58,7 +58,7 @@ def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable
     try: return reward_on_base(models, reward, exact)
     except PolicyError: return load_reward(reward, exact=exact)  # of another base: a model of its own
 
-# %% ../../nbs/05i_ppo.task.ipynb #e0008b71
+# %% ../../nbs/05i_ppo.task.ipynb #8701492d
 def train_ppo(
     settings: Settings,  # [model], [lora], [rollout], [ppo], [monitor], [run]
     rows: list[dict],  # prompts with columns for the reward, records, or preferences
@@ -90,7 +90,7 @@ def train_ppo(
                                  rollout, cost, log, make_guards(watch), engine, seed, quiet)
             return models, trainer.train(resume)
 
-# %% ../../nbs/05i_ppo.task.ipynb #60e0b64c
+# %% ../../nbs/05i_ppo.task.ipynb #1d66ec71
 @contextmanager
 def _told(folder: Path):
     "A full disk and a lack of memory, told in the words of this chapter."
@@ -102,7 +102,7 @@ def _told(folder: Path):
         ours = "Halve ppo.per_device_train_batch_size and rollout.batch_size, set ppo.upper_layers"
         raise PPOError(str(e).replace(theirs, ours).replace("sft.", "ppo.")) from e
 
-# %% ../../nbs/05i_ppo.task.ipynb #4c58d85d
+# %% ../../nbs/05i_ppo.task.ipynb #14b6ab10
 @dataclass
 class TaskConfig:
     "What the pipeline's policy is asked, and what it is paid for."
@@ -120,7 +120,7 @@ class TaskConfig:
         wrong = [f"task.{k} = {getattr(self, k)!r}: from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
         if wrong: raise PPOError("; ".join(wrong))
 
-# %% ../../nbs/05i_ppo.task.ipynb #48c6b786
+# %% ../../nbs/05i_ppo.task.ipynb #e9a7728f
 def task_rows(config: TaskConfig, seed: int) -> tuple[list[dict], list[dict]]:  # to train on, held out
     "Prompts of the bank desk with their true intent."
     train, held, _ = bank_pairs(config.prompts, seed, config.heldout, config.chinese)
@@ -131,7 +131,7 @@ def task_reward(config: TaskConfig, folder: Path) -> Rewards:  # folder: what th
     return {"rules": gold_reward, "model": folder,
             "both": dict(rules=(0.5, gold_reward), model=(0.5, folder))}[config.reward]
 
-# %% ../../nbs/05i_ppo.task.ipynb #a14e6732
+# %% ../../nbs/05i_ppo.task.ipynb #b8a42d17
 def measured_on(
     models: Models,
     who,  # models.as_policy or models.as_reference
@@ -153,7 +153,7 @@ def measured_on(
                 completion_length=float(rollout.lengths_B.float().mean()), distinct=len(set(rollout.texts)) / len(rows),
                 kl=float(k3_BC[mask_BC].mean()), answers=rollout.texts, scores=gold_N.round(3).tolist())
 
-# %% ../../nbs/05i_ppo.task.ipynb #ce9b2425
+# %% ../../nbs/05i_ppo.task.ipynb #bcbac29e
 def before_and_after(
     models: Models,
     tokenizer,
@@ -172,7 +172,7 @@ def before_and_after(
     return sides | dict(answers=answers, gain=float(gain_N.mean()),
                         gain_error=float(gain_N.std(ddof=1) / len(gain_N)**0.5))  # paired
 
-# %% ../../nbs/05i_ppo.task.ipynb #12cd4789
+# %% ../../nbs/05i_ppo.task.ipynb #d2f329a9
 def ppo_phase(
     settings: Settings,
     run: RunFolder,  # with the adapter of the SFT phase, and the model of the reward phase
