@@ -161,6 +161,30 @@ def test_bad_arguments_are_one_message(change, told, code, tmp_path, capsys):
     assert said.out == "" and told in said.err and said.err.startswith("Error: ") and "Traceback" not in said.err
 
 
+def test_a_reward_model_below_its_gate_needs_force(tmp_path, capsys):
+    "Told before a model is loaded; with --force the next thing that is missing is the model itself."
+    write_jsonl(tmp_path / "prompts.jsonl", rl.ROWS)
+    row = dict(name="held-out accuracy", value=0.5, n=60, low=0.4, high=0.6, limit="at least 0.75", passed=False)
+    write_json(tmp_path / "judge/gate.json", dict(rows=[row], calibration={}, model="", forced=False, passed=False))
+    write_json(tmp_path / "judge/adapter/reward.json", {})
+    command = [*rl.words(tmp_path / "run"), "--reward_model", str(tmp_path / "judge")]
+    assert main(command) == 1
+    assert "did not pass the gate" in capsys.readouterr().err
+    with pytest.raises(Exception) as e:  # an empty folder is no model
+        main([*command, "--force"])
+    assert "gate" not in str(e.value) and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_the_end_of_patience_is_an_exit_code(tmp_path, monkeypatch, capsys):
+    "Ctrl-C: 130, and the same command goes on."
+    write_jsonl(tmp_path / "prompts.jsonl", rl.ROWS)
+    monkeypatch.setattr("two_rl_processes.letters", lambda **columns: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(rl.words(tmp_path / "run")) == 130
+    assert "run the same command again" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(rl.words(tmp_path / "run")) == 0
+
+
 def test_a_missing_argument_is_named(capsys):
     assert main(["--dataset_path", "x"]) == 2
     assert "--output_dir, --reward_model" in capsys.readouterr().err
