@@ -110,7 +110,7 @@ def test_two_processes_have_the_gradient_of_one(two, tmp_path):
     for name in ("policy", "value"):
         assert (a[name] - alone[name]).norm() < 1e-5 * alone[name].norm(), name
         assert alone[name].norm() > 1e-3
-    assert (a["weights"] - alone["weights"]).abs().max() < 1e-4
+    assert (a["weights"] - alone["weights"]).abs().max() < 1e-5  # measured 9e-7
     assert alone["weights"].abs().max() > 1e-2
     local = {"reward_std", "explained_variance", "distinct", "ratio_first", "ratio_max"}  # of one process, or a mean
     for mine, theirs in zip(rl.metrics(tmp_path / "known"), rl.metrics(home / "known"), strict=True):
