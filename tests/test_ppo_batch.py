@@ -1,4 +1,4 @@
-"""What is looked up before anything is learnt, the replay of old rows, and checkpoints that a killed run goes on from."""
+"""What is looked up before anything is learnt, the replay of old rows, checkpoints that a killed run goes on from."""
 
 import shutil
 import tempfile
@@ -73,7 +73,9 @@ def test_kept_lower_states_equal_the_full_pass(name, layers):
     assert (batch.rollout.below, batch.for_value.below) == (models.below, models.value_below) != (0, 0)
     kept = [x.clone() for x in (batch.old_BC, batch.ref_BC, batch.values_BCK)]
     models.below = models.value_below = 0
-    batch.rollout = T.Batch(B.replace(batch.rollout, lower_BTD=None, below=0), [], batch.score_B, batch.cost_B, 8).rollout
+    batch.rollout = T.Batch(
+        B.replace(batch.rollout, lower_BTD=None, below=0), [], batch.score_B, batch.cost_B, 8
+    ).rollout
     look_back(batch, models, EXACT, [list(range(8))])
     for a, b in zip(kept, (batch.old_BC, batch.ref_BC, batch.values_BCK)):
         assert (a - b).abs().max() < 1e-5
@@ -135,6 +137,7 @@ def test_what_is_measured_is_of_fresh_rows():
 
 def spoilt(kind):
     "A reward that fails on the third row of eight."
+
     def reward(prompts, completions, **columns):
         scores = vowels(prompts, completions)
         bad = [i for i, letter in enumerate(columns["letter"]) if letter == "c"]
@@ -232,7 +235,10 @@ def test_weights_are_the_buffers_times_the_ratio():
     assert (batch.weight_BC[old] == batch.weight_BC[old][:, :1]).all() and ((0 < shares) & (shares <= 1 + 1e-5)).all()
     assert (ratio - 1).abs().max() > 1e-3 and shares.min() < 1 - 1e-4
     first = seen[1].rollout.drawn_logprobs_BC[16:]  # the log-probabilities of the step that sampled them
-    source = {tuple(r[m].tolist()): x[m] for r, x, m in zip(seen[0].rollout.completion_ids_BC, seen[0].old_BC, seen[0].mask_BC)}
+    source = {
+        tuple(r[m].tolist()): x[m]
+        for r, x, m in zip(seen[0].rollout.completion_ids_BC, seen[0].old_BC, seen[0].mask_BC)
+    }
     for ids, m, x in zip(seen[1].rollout.completion_ids_BC[16:], seen[1].mask_BC[16:], first):
         assert torch.allclose(source[tuple(ids[m].tolist())], x[m], atol=1e-6)
 
@@ -314,8 +320,11 @@ def everything(folder):
     "All that a checkpoint at step 6 holds."
     path = checkpoint_folder(folder, 6)
     optimizer = torch.load(path / "optimizer.pt", weights_only=True)
-    return load_file(path / "weights.safetensors"), optimizer["state"], optimizer["param_groups"], read_json(
-        path / "state.json"
+    return (
+        load_file(path / "weights.safetensors"),
+        optimizer["state"],
+        optimizer["param_groups"],
+        read_json(path / "state.json"),
     )
 
 
@@ -329,8 +338,14 @@ def assert_same_run(a, b):
     assert ga == gb and sa == sb
     assert sa["price"]["seen"] == 6 and sa["kl"]["beta"] != 0.1 and len(sa["replay"][0]["rows"]) > 50
     own = ("seconds", "samples_per", "memory", "time")
-    rows = [[{k: v for k, v in r.items() if not k.startswith(own)} for r in read_jsonl(f / "metrics.jsonl") if "reward" in r]
-            for f in (a, b)]
+    rows = [
+        [
+            {k: v for k, v in r.items() if not k.startswith(own)}
+            for r in read_jsonl(f / "metrics.jsonl")
+            if "reward" in r
+        ]
+        for f in (a, b)
+    ]
     assert rows[0] == rows[1] and len(rows[0]) == 6
     assert read_jsonl(a / "samples.jsonl") == read_jsonl(b / "samples.jsonl")
     saved = [load_file(f / "adapter" / "adapter_model.safetensors") for f in (a, b)]
@@ -355,11 +370,19 @@ def test_a_killed_run_equals_a_straight_one_bit_for_bit(straight, tmp_path, done
     assert_same_run(straight, tmp_path)
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("weights.safetensors", "half"), ("weights.safetensors", "empty"), ("weights.safetensors", "gone"),
-    ("optimizer.pt", "half"), ("optimizer.pt", "empty"), ("optimizer.pt", "gone"),
-    ("state.json", "half"), ("state.json", "empty"),
-])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("weights.safetensors", "half"),
+        ("weights.safetensors", "empty"),
+        ("weights.safetensors", "gone"),
+        ("optimizer.pt", "half"),
+        ("optimizer.pt", "empty"),
+        ("optimizer.pt", "gone"),
+        ("state.json", "half"),
+        ("state.json", "empty"),
+    ],
+)
 def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_gives_the_same_run(straight, tmp_path, name, damage):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
@@ -395,11 +418,14 @@ def test_other_adapters_or_models_are_refused(straight, tmp_path):
         trainer(tmp_path / "run", 6, cost=has_e, name="tiny-qwen2", **EVERYTHING).train()
 
 
-@pytest.mark.parametrize("writer, error", [
-    ("save_file", OSError(28, "No space left on device")),
-    ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")),
-    ("write_json", OSError(28, "No space left on device")),
-])
+@pytest.mark.parametrize(
+    "writer, error",
+    [
+        ("save_file", OSError(28, "No space left on device")),
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")),
+        ("write_json", OSError(28, "No space left on device")),
+    ],
+)
 def test_a_full_disk_at_a_checkpoint_is_told_and_the_older_one_stays(tmp_path, monkeypatch, writer, error):
     small = ["ppo.total_episodes=32", "ppo.save_steps=1", "rollout.max_new_tokens=4"]
     toy, count = load_settings("tiny", small), [0]
@@ -417,7 +443,9 @@ def test_a_full_disk_at_a_checkpoint_is_told_and_the_older_one_stays(tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(home, name, full)
-        with pytest.raises(PPOError, match=r"the disk is full: .* MiB free in .*goes on from the last complete checkpoint"):
+        with pytest.raises(
+            PPOError, match=r"the disk is full: .* MiB free in .*goes on from the last complete checkpoint"
+        ):
             train_ppo(toy, ROWS, vowels, tmp_path, quiet=True)
     assert list(checkpoints(tmp_path)) == [0, 1]
     assert not [p.name for p in tmp_path.iterdir() if p.name.endswith((".part", ".old"))]
@@ -503,7 +531,9 @@ def test_a_replay_buffer_is_json_and_comes_back(tmp_path):
     state = checkpoints(tmp_path)[2]["replay"][0]
     other = Replay()
     other.load_state_dict(state)
-    assert other.rows == run.replay.rows and other.priorities == run.replay.priorities and other.steps == run.replay.steps
+    assert (
+        other.rows == run.replay.rows and other.priorities == run.replay.priorities and other.steps == run.replay.steps
+    )
     assert isinstance(run.last, Batch) and RolloutConfig().on_policy
 
 

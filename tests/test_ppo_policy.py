@@ -351,7 +351,10 @@ def test_lora_that_cannot_be_switched_off_or_joined_is_refused(more, found):
 
 @pytest.mark.parametrize(
     "more, found",
-    [(dict(trainable_token_indices=[5, 6]), "tokens|token_indices"), (dict(target_modules=["embed_tokens"]), "embeddings")],
+    [
+        (dict(trainable_token_indices=[5, 6]), "tokens|token_indices"),
+        (dict(target_modules=["embed_tokens"]), "embeddings"),
+    ],
 )
 def test_a_start_below_the_layers_is_refused(tmp_path, more, found):
     config = LoraConfig(**dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM") | more)

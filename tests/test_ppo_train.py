@@ -54,7 +54,7 @@ PEOPLE_GOT_WRONG = {
         "test_ppo_train::test_a_stop_keeps_the_checkpoint_that_it_goes_back_to",
     ],
     "the reward does not move (DeepSpeedExamples #489, #586, #441)": [
-        "test_ppo_train::test_a_bandit_is_learnt",
+        "test_ppo_learns::test_a_bandit_is_learnt",
         "test_ppo_losses::test_a_bandit_is_learnt_with_these_functions",
     ],
     "the averaged model is good because it is the SFT model (DeepSpeedExamples #442)": [
@@ -85,7 +85,7 @@ PEOPLE_GOT_WRONG = {
     "entropy rises into gibberish (trl #199; verl #2738)": [
         "test_ppo_losses::test_entropy_is_the_loop_over_the_full_distribution",
         "test_ppo_losses::test_a_step_down_the_loss_raises_entropy",
-        "test_ppo_train::test_the_entropy_bonus_has_the_right_sign",
+        "test_ppo_learns::test_the_entropy_bonus_has_the_right_sign",
     ],
     "ratio above 10, batch skipped (trl #1857, #2340)": [
         "test_ppo_train::test_the_first_ratio_of_every_step_is_one",
@@ -93,11 +93,11 @@ PEOPLE_GOT_WRONG = {
     "adaptive KL wanted (trl #4532)": [
         "test_ppo_control::test_adaptive_kl_reaches_its_target",
         "test_ppo_control::test_beta_stays_inside_its_bounds_and_finite",
-        "test_ppo_train::test_adaptive_kl_reaches_its_target_in_training",
+        "test_ppo_learns::test_adaptive_kl_reaches_its_target_in_training",
     ],
     "constraints wanted (trl #3129, #2156)": [
         "test_ppo_control::test_cost_above_raises_and_below_lowers",
-        "test_ppo_train::test_the_constrained_run_ends_under_the_limit_where_the_plain_one_does_not",
+        "test_ppo_learns::test_the_constrained_run_ends_under_the_limit_where_the_plain_one_does_not",
     ],
     "the Lagrangian is hard to tune (safe-rlhf #124, #173, #43, #24)": [
         "test_ppo_control::test_lambda_is_positive_bounded_and_follows_the_cost",
@@ -131,23 +131,7 @@ def test_every_row_has_its_tests():
         assert not {t for t in named if t.startswith(f"{file}::")} - there
 
 
-# ---------------------------------------------------------------- what must be learnt
-
-
-def some_vowel(prompts, completions, **columns):
-    "A bandit of a few tokens: paid for any vowel."
-    return [float(any(c in "aeiou" for c in text_of(t))) for t in completions]
-
-
-@pytest.mark.parametrize("full", [True, False])
-def test_a_bandit_is_learnt(tmp_path, full):
-    words = RolloutConfig(max_new_tokens=2 if full else 4, autocast="float32")
-    more = dict(full=True, learning_rate=1e-2) if full else dict(learning_rate=1e-2, num_ppo_epochs=4)
-    run = trainer(tmp_path, 25, some_vowel, rollout=words, batch_size=32, seed=1, **more)
-    run.train()
-    start, end = (np.array(part) for part in (logged(run, "reward")[:2], logged(run, "reward")[-10:]))
-    assert end.mean() > start.mean() + (0.4 if full else 0.1)
-    assert end.mean() > start.mean() + 2 * end.std(ddof=1) / 10**0.5
+# ---------------------------------------------------------------- what moves
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,18 +145,6 @@ def test_every_trained_tensor_moves_and_nothing_else(tmp_path, name):
     idle = {n for n in wanted - moved if ".value." in n}  # the value's gradient begins behind its head, one step later
     assert not {n for n in wanted - moved if ".policy." in n} and len(idle) < len(wanted) / 4
     assert run.models.head.weight.abs().sum() > 0
-
-
-def test_the_entropy_bonus_has_the_right_sign(tmp_path):
-    def flat(prompts, completions, **columns):
-        return [0.0] * len(completions)
-
-    ends = {}
-    for coef in (0.5, 0.0):
-        run = trainer(tmp_path / str(coef), 8, flat, full=True, learning_rate=2e-3, entropy_coef=coef)
-        run.train()
-        ends[coef] = logged(run, "entropy")
-    assert ends[0.5][0] == ends[0.0][0] and ends[0.5][-1] > max(ends[0.0][-1], ends[0.5][0]) + 0.2
 
 
 # ---------------------------------------------------------------- the ratio
@@ -221,44 +193,9 @@ def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autoc
 # ---------------------------------------------------------------- KL
 
 
-def test_adaptive_kl_reaches_its_target_in_training(tmp_path):
-    ends = {}
-    for target in (None, 0.5):
-        run = trainer(
-            tmp_path / str(target),
-            50,
-            rollout=RolloutConfig(max_new_tokens=4, autocast="float32"),
-            full=True,
-            batch_size=32,
-            num_ppo_epochs=2,
-            learning_rate=2e-3,
-            kl_coef=0.05,
-            kl_target=target,
-            kl_horizon=32,
-        )
-        run.train()
-        ends[target] = np.mean(logged(run, "kl_per_completion")[-15:])
-    assert ends[None] > 1.5 > 2 * ends[0.5]
-    assert 0.25 < ends[0.5] < 0.75
-    betas = logged(run, "kl_coef")
-    assert len({round(b, 6) for b in betas}) > 20 and all(1e-4 <= b <= 10 for b in betas)
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_a_price_on_kl_holds_the_policy_back(tmp_path, estimator):
-    ends = {}
-    for coef in (0.0, 1.0):
-        run = trainer(
-            tmp_path / str(coef), 12, full=True, learning_rate=5e-3, kl_coef=coef, kl_estimator=estimator
-        )
-        run.train()
-        ends[coef] = np.mean(logged(run, "kl_per_completion")[-4:])
-        assert min(logged(run, "kl_k3")) >= 0
-    assert ends[1.0] < 0.6 * ends[0.0]
-
-
 def test_a_kl_that_stays_negative_is_told(tmp_path):
     "Answers that the policy itself would hardly give: what it was trained away from."
+
     def short(prompts, completions, **columns):
         return [-float(len(text_of(t))) for t in completions]
 
@@ -338,40 +275,6 @@ def test_guards_raise_beta_and_lower_the_rate_for_the_rest_of_the_run(tmp_path):
     assert again.train()["resumed_from"] == 4
     assert logged(again, "learning_rate") == pytest.approx(logged(run, "learning_rate"))
     assert logged(again, "kl_coef") == pytest.approx(logged(run, "kl_coef"))
-
-
-# ---------------------------------------------------------------- a cost limit
-
-
-def has_e(prompts, completions, **columns):
-    "A cost: 1 for an answer with an e in it."
-    return [float("e" in text_of(t)) for t in completions]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_constrained_run_ends_under_the_limit_where_the_plain_one_does_not(tmp_path, seed):
-    "The mean cost settles where it is aimed at, so the aim (0.15) lies below the limit that is tested (0.3)."
-    ends = {}
-    for aim in (9.0, 0.15):
-        run = trainer(
-            tmp_path / str(aim),
-            25,
-            cost=has_e,
-            seed=seed,
-            rollout=RolloutConfig(max_new_tokens=4, autocast="float32"),
-            full=True,
-            batch_size=32,
-            num_ppo_epochs=2,
-            learning_rate=5e-3,
-            cost_limit=aim,
-            cost_init=1.0 if aim < 1 else 0.01,
-            cost_lr=0.5,
-        )
-        run.train()
-        ends[aim] = np.mean(logged(run, "cost")[-8:])
-        assert all(0.01 <= x <= 10 for x in logged(run, "lagrange"))
-        assert np.mean(logged(run, "reward")[-8:]) > np.mean(logged(run, "reward")[:3])
-    assert ends[0.15] < 0.3 < 0.6 < ends[9.0]
 
 
 # ---------------------------------------------------------------- gradients that are not finite
@@ -526,7 +429,7 @@ def test_settings_that_cannot_be_meant(wrong, found):
 
 
 def test_a_cost_and_its_limit_belong_together(tmp_path):
-    for more in (dict(cost=has_e), dict(cost_limit=0.1)):
+    for more in (dict(cost=vowels), dict(cost_limit=0.1)):
         with pytest.raises(PPOError, match="belong together"):
             trainer(tmp_path, 1, **more)
 
@@ -536,7 +439,7 @@ def test_a_cost_and_its_limit_belong_together(tmp_path):
 )
 def test_a_folder_of_another_run_is_not_continued(tmp_path, change):
     trainer(tmp_path, 1).train()
-    with pytest.raises(PPOError, match="other settings.*resume=False"):
+    with pytest.raises(PPOError, match="of other settings.*resume=False"):
         trainer(tmp_path, 3, **change).train()
 
 
