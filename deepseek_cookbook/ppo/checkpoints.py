@@ -6,19 +6,18 @@
 __all__ = ['CheckpointError', 'checkpoint_folder', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'best_step', 'forget',
            'run_key']
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #b71cf27b
-import hashlib, json, math, pickle, shutil
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #4f9141d2
+import hashlib, json, math, shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #32808a0e
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #1fc7b569
 from ..settings import read_json, write_json
 from ..sft.adapters import whole_folder
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #88909995
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #ddf62cf7
 class CheckpointError(RuntimeError):
     "A checkpoint that can't be gone on from; the message says why and what to do."
 
@@ -32,7 +31,7 @@ def checkpoints(folder: str | Path) -> dict[int, dict]:  # step -> its state
             found[int(path.name.rpartition("-")[2])] = read_json(path / "state.json")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #3ea1fd15
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #b227842a
 def save_checkpoint(
     folder: str | Path,  # of the run
     step: int,  # steps that are done
@@ -48,7 +47,7 @@ def save_checkpoint(
         write_json(part / "state.json", state | dict(step=step))
     return path
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #aa680d6c
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #8522d3f6
 @torch.no_grad()
 def load_checkpoint(
     folder: str | Path,
@@ -61,7 +60,7 @@ def load_checkpoint(
     try:
         saved = load_file(path / "weights.safetensors")
         moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True) if optimizer else None
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except Exception as e:  # a damaged pickle raises what it likes
         raise CheckpointError(f"{path} can't be read ({str(e)[:80]}). Delete this folder; the run goes on from the one "
                               "before.") from None
     odd = sorted(k for k in saved.keys() ^ tensors.keys()) or [
@@ -72,7 +71,7 @@ def load_checkpoint(
     if optimizer: optimizer.load_state_dict(moments)
     return read_json(path / "state.json")
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #98d55dd0
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #234ba269
 def best_step(
     found: dict[int, dict],  # from `checkpoints`
     until: int | None = None,  # the newest step that may be chosen; None: any
@@ -84,20 +83,19 @@ def best_step(
 
 def _number(x) -> float: return x if isinstance(x, int | float) and math.isfinite(x) else -math.inf
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #d607bc4a
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #e81695a2
 def forget(
     folder: str | Path,
     keep: int,  # so many of the newest; the first and the best stay too
-    until: int | None = None,  # of a run that was stopped: the best one up to this step stays as well
 ) -> list[int]:  # steps that were removed
     "Remove old checkpoints."
     found = checkpoints(folder)
-    stay = {*list(found)[-keep:], min(found, default=0), best_step(found), best_step(found, until)}
+    stay = {*list(found)[-keep:], min(found, default=0), best_step(found)}
     gone = [step for step in found if step not in stay]
     for step in gone: shutil.rmtree(checkpoint_folder(folder, step))
     return gone
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #c8671f12
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #c9f74d53
 def run_key(*parts) -> str:
     "A hash of what must not change between a run and its continuation."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

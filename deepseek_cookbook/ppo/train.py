@@ -359,7 +359,7 @@ def save(self: PPOTrainer):
     state = self.state()
     def write():
         save_checkpoint(self.folder, self.counts["done"], self.trained, self.optimizer, state)
-        if not self.stopped: forget(self.folder, self.config.save_total_limit, self.stopped and self.stopped["since"])  # a healthy one may be the last but two
+        if not self.stopped: forget(self.folder, self.config.save_total_limit)  # a healthy one may be the last but two
         write_jsonl(self.folder / "samples.jsonl", self.samples)
     on_main(write)
 
