@@ -6,22 +6,24 @@
 __all__ = ['CheckpointError', 'checkpoint_folder', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'best_step', 'forget',
            'run_key']
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #4f9141d2
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #8fded1ce
 import hashlib, json, math, shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #1fc7b569
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #e8658e43
 from ..settings import read_json, write_json
 from ..sft.adapters import whole_folder
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #ddf62cf7
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #66f89d2f
 class CheckpointError(RuntimeError):
     "A checkpoint that can't be gone on from; the message says why and what to do."
 
-def checkpoint_folder(folder: str | Path, step: int) -> Path: return Path(folder) / f"checkpoint-{step}"
+def checkpoint_folder(folder: str | Path, step: int) -> Path:
+    "Where the checkpoint after a step is."
+    return Path(folder) / f"checkpoint-{step}"
 
 def checkpoints(folder: str | Path) -> dict[int, dict]:  # step -> its state
     "The whole checkpoints of a run, oldest first."
@@ -31,7 +33,7 @@ def checkpoints(folder: str | Path) -> dict[int, dict]:  # step -> its state
             found[int(path.name.rpartition("-")[2])] = read_json(path / "state.json")
     return dict(sorted(found.items()))
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #b227842a
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #fb292934
 def save_checkpoint(
     folder: str | Path,  # of the run
     step: int,  # steps that are done
@@ -47,7 +49,7 @@ def save_checkpoint(
         write_json(part / "state.json", state | dict(step=step))
     return path
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #8522d3f6
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #31027dd7
 @torch.no_grad()
 def load_checkpoint(
     folder: str | Path,
@@ -71,7 +73,7 @@ def load_checkpoint(
     if optimizer: optimizer.load_state_dict(moments)
     return read_json(path / "state.json")
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #234ba269
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #c7db3e2c
 def best_step(
     found: dict[int, dict],  # from `checkpoints`
     until: int | None = None,  # the newest step that may be chosen; None: any
@@ -83,7 +85,7 @@ def best_step(
 
 def _number(x) -> float: return x if isinstance(x, int | float) and math.isfinite(x) else -math.inf
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #e81695a2
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #f97e7a7b
 def forget(
     folder: str | Path,
     keep: int,  # so many of the newest; the first and the best stay too
@@ -95,7 +97,7 @@ def forget(
     for step in gone: shutil.rmtree(checkpoint_folder(folder, step))
     return gone
 
-# %% ../../nbs/05g_ppo.checkpoints.ipynb #c9f74d53
+# %% ../../nbs/05g_ppo.checkpoints.ipynb #26adf6cd
 def run_key(*parts) -> str:
     "A hash of what must not change between a run and its continuation."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
