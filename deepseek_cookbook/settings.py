@@ -31,7 +31,7 @@ SECTIONS = {
     "reward_model": "deepseek_cookbook.reward.model:RewardModelConfig",
     "gate": "deepseek_cookbook.reward.gate:GateConfig",
     "rollout": "deepseek_cookbook.ppo.rollout:RolloutConfig",
-    "ppo": "deepseek_cookbook.ppo.train:PPOConfig",
+    "ppo": "deepseek_cookbook.ppo.config:PPOConfig",
     "task": "deepseek_cookbook.ppo.task:TaskConfig",
     "constitution": "deepseek_cookbook.ppo.constitution:ConstitutionConfig",
     "monitor": "deepseek_cookbook.monitor:MonitorConfig",

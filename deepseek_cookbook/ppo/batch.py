@@ -36,6 +36,7 @@ class Batch:
     fresh: int  # so many were sampled in this step
     drawn: tuple = ()  # places of the replayed ones in the buffer
     for_value: Rollout | None = None  # the same, as the value model reads it
+    provisional: bool = False  # old_BC is what the engine reported; the first update puts the policy's own there
     weight_BC: torch.Tensor | None = None  # what a replayed token counts for; None: all count alike
     old_BC: torch.Tensor | None = None  # log-probabilities before this step's updates
     ref_BC: torch.Tensor | None = None  # those of the reference
@@ -93,6 +94,7 @@ def look_back(
     models: Models,
     config: RolloutConfig,
     together: list[list[int]],  # rows that the update will compute together: in BF16 the ratio then begins at exactly 1
+    early: bool = True,  # False: leave the policy's own log-probabilities to the first update, if that is all of the rows
 ):
     "Log-probabilities, reference and values of every token, before anything is learnt."
     policy, frozen, plain = models.policy, models.frozen, batch.rollout
@@ -102,7 +104,9 @@ def look_back(
             kept[n] = plain = keep_lower(frozen, plain, n, config)
         batch.ref_BC, _ = score(frozen, plain, config, together)
     batch.rollout, batch.for_value = kept[models.below], kept[models.value_below]
-    with models.as_policy(): batch.old_BC, batch.entropy_BC = score(policy, batch.rollout, config, together)
+    batch.old_BC, batch.entropy_BC, batch.provisional = plain.drawn_logprobs_BC.clone(), batch.ref_BC * 0, not early
+    if early:
+        with models.as_policy(): batch.old_BC, batch.entropy_BC = score(policy, batch.rollout, config, together)
     batch.values_BCK = torch.zeros(*batch.mask_BC.shape, models.head.out_features, device=batch.score_B.device)
     with torch.no_grad(), no_dropout(frozen), arithmetic(frozen, config.autocast):
         for rows in together:

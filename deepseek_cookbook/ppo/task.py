@@ -19,11 +19,12 @@ import transformers
 # %% ../../nbs/05i_ppo.task.ipynb #9c7ceb34
 from ..guards import make_guards
 from ..models import load_model, load_tokenizer, precision
+from .config import PPOError
 from .engines import make_engine
 from .losses import token_kl
 from .policy import Models, PolicyError, make_models, reward_on_base
 from .rollout import RolloutConfig, prompt_rows, sample, score
-from .train import PPOError, PPOTrainer
+from .train import PPOTrainer
 from ..reward.combine import combine
 from ..reward.gate import check_gate
 from ..reward.model import load_reward

@@ -8,12 +8,13 @@ backwards, so that its peak memory is its own and none meets a warmer machine. A
 lengths, epochs, minibatches, reward model, threads and arithmetic (one autocast around the whole of TRL's train(),
 whose own reaches only its training pass). The first update is not counted.
 
-ours              one base in memory, the reference is the policy without its adapters
-ours, value upper the value adapter in the upper layers only: what the base says below is computed once an update
-ours, upper       both adapters in the upper layers only
-TRL               policy and reference share a base; a value model of its own, with the same LoRA
-TRL, head         the same, but of the value model only the head is trained: no backward pass through it
-TRL, full         the same, but the whole value model is trained, as TRL's example script does
+ours                 one base in memory: the policy is an adapter, the reference is the base, the value a head on the
+                     reference's last hidden states, which are computed once a step
+ours, value adapter  the value has an adapter of its own, in all layers
+ours, upper          the policy's adapter in the upper layers only; what lies below is computed once a step
+TRL                  policy and reference share a base; a value model of its own, with the same LoRA
+TRL, head            the same, but of the value model only the head is trained: no backward pass through it
+TRL, full            the same, but the whole value model is trained, as TRL's example script does
 """
 
 import argparse
@@ -32,8 +33,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRL = "trl==1.12.0"
-CONTENDERS = ("ours", "TRL", "ours, value upper", "ours, upper")
-ALL = (*CONTENDERS, "TRL, head", "TRL, full")
+CONTENDERS = ("ours", "TRL", "ours, upper", "TRL, head", "ours, value adapter")
+ALL = (*CONTENDERS, "TRL, full")
 # lower: hidden states of frozen layers that are kept; old: the policy's log-probabilities before the update
 PARTS = ("generation", "reward", "lower", "old", "reference", "values", "training")
 
@@ -234,7 +235,7 @@ def run_ours(plan: dict, kind: str, folder: str) -> dict:
 
     imports, clock = peak_gib(), Clock()
     layers = dict(upper_layers=plan["upper"] if kind == "ours, upper" else None,
-                  value_layers=plan["upper"] if "upper" in kind else None)
+                  value_layers=None if "adapter" in kind else 0)
     tokenizer, base = load_tokenizer(plan["model"]), load_model(plan["model"], dtype=plan["dtype"])
     no_end(tokenizer, base)
     scorer = Scorer(plan, tokenizer, base.config.vocab_size, autocast_of(plan))

@@ -1,6 +1,6 @@
 """Each switch of the PPO trainer alone, at equal sampled tokens, several seeds, on a toy that learns in seconds.
 
-    .venv/bin/python scripts/bench/ppo_ablation.py              (three seeds, about 2 minutes on one core)
+    .venv/bin/python scripts/bench/ppo_ablation.py              (three seeds, about 3 minutes on one core)
 
 The policy is tiny-llama with random weights and an output layer made five times louder, so that it has opinions; all
 its weights are trained. The reward of an answer is its share of vowels plus its share of the letter e; the cost is its
@@ -15,9 +15,10 @@ import time
 import numpy as np
 
 from deepseek_cookbook.models import load_model, load_tokenizer
+from deepseek_cookbook.ppo.config import PPOConfig
 from deepseek_cookbook.ppo.policy import make_models
 from deepseek_cookbook.ppo.rollout import RolloutConfig
-from deepseek_cookbook.ppo.train import PPOConfig, PPOTrainer
+from deepseek_cookbook.ppo.train import PPOTrainer
 
 COMMON = dict(batch_size=32, learning_rate=2e-3, num_ppo_epochs=2, full=True, per_device_train_batch_size=32,
               kl_coef=0.15, save_steps=1000)
@@ -26,6 +27,11 @@ VARIANTS = {
     "+ adaptive KL": dict(kl_target=5.0, kl_horizon=32),
     "+ replay": dict(replay=0.5),
     "+ constraint": dict(cost_limit=0.1, cost_lr=0.3),
+    "entropy_coef 0.01": dict(entropy_coef=0.01),
+    "entropy_coef 0.1": dict(entropy_coef=0.1),
+    "max_grad_norm 0.5": dict(max_grad_norm=0.5),
+    "max_grad_norm 100": dict(max_grad_norm=100.0),
+    "5 epochs": dict(num_ppo_epochs=5),
     "all three": dict(kl_target=5.0, kl_horizon=32, replay=0.5, cost_limit=0.1, cost_lr=0.3),
 }
 ROWS = [{"prompt": f"say {word}"} for word in "one two three four five six".split()]
