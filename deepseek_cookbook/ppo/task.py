@@ -6,7 +6,7 @@
 __all__ = ['Rewards', 'check_reward', 'make_reward', 'train_ppo', 'TaskConfig', 'task_rows', 'task_reward', 'measured_on',
            'before_and_after', 'ppo_phase']
 
-# %% ../../nbs/05i_ppo.task.ipynb #0ad4ee39
+# %% ../../nbs/05i_ppo.task.ipynb #77afb137
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-# %% ../../nbs/05i_ppo.task.ipynb #963fd463
+# %% ../../nbs/05i_ppo.task.ipynb #edef9163
 from ..guards import make_guards
 from ..models import load_model, load_tokenizer, precision
 from .config import PPOError
@@ -34,7 +34,7 @@ from ..sft.checks import TrainError, told_plainly
 from ..sft.distributed import join, on_main, one_failure
 from ..sft.train import open_log, ready_base
 
-# %% ../../nbs/05i_ppo.task.ipynb #5bc8a65b
+# %% ../../nbs/05i_ppo.task.ipynb #dc6e9dba
 Rewards = Callable | str | Path | dict  # a function, the folder of a reward model, or {name: (weight, one of these)}
 
 def check_reward(reward: Rewards, force: bool = False):
@@ -49,7 +49,7 @@ def check_reward(reward: Rewards, force: bool = False):
         f"reward: found {type(reward).__name__}. Give a function (prompts, completions, **columns) -> scores, the "
         "folder of a reward model, or {name: (weight, one of these)}.")
 
-# %% ../../nbs/05i_ppo.task.ipynb #a3e66e24
+# %% ../../nbs/05i_ppo.task.ipynb #986820a0
 def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable:
     "A reward as a function; reward models of the same base become adapters on it."
     if isinstance(reward, dict):
@@ -59,7 +59,7 @@ def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable
     try: return reward_on_base(models, reward, exact)
     except PolicyError: return load_reward(reward, exact=exact)  # of another base: a model of its own
 
-# %% ../../nbs/05i_ppo.task.ipynb #5069596d
+# %% ../../nbs/05i_ppo.task.ipynb #07379acf
 def train_ppo(
     settings: Settings,  # [model], [lora], [rollout], [ppo], [monitor], [run]
     rows: list[dict],  # prompts with columns for the reward, records, or preferences
@@ -78,8 +78,9 @@ def train_ppo(
         check_reward(reward, force)
         join()
         if not resume: on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        kernel = dict(attention=config.attention) if config.attention else {}
         transformers.set_seed(seed)
-        base = ready_base(settings, load_model(**settings["model"]))
+        base = ready_base(settings, load_model(**settings["model"] | kernel))
         tokenizer = load_tokenizer(settings["model"]["name"])
         if precision().gradient_checkpointing: base.gradient_checkpointing_enable(dict(use_reentrant=False))
         models = make_models(base, settings["lora"], start, config.upper_layers, config.value_layers, config.full,
@@ -91,7 +92,7 @@ def train_ppo(
                                  rollout, cost, log, make_guards(watch), engine, seed, quiet)
             return models, trainer.train(resume)
 
-# %% ../../nbs/05i_ppo.task.ipynb #23d5fb01
+# %% ../../nbs/05i_ppo.task.ipynb #609b89fc
 @contextmanager
 def _told(folder: Path):
     "A full disk and a lack of memory, told in the words of this chapter."
@@ -103,7 +104,7 @@ def _told(folder: Path):
         ours = "Halve ppo.per_device_train_batch_size and rollout.batch_size, set ppo.upper_layers"
         raise PPOError(str(e).replace(theirs, ours).replace("sft.", "ppo.")) from e
 
-# %% ../../nbs/05i_ppo.task.ipynb #7c42a768
+# %% ../../nbs/05i_ppo.task.ipynb #1b3cec07
 @dataclass
 class TaskConfig:
     "What the pipeline's policy is asked, and what it is paid for."
@@ -121,7 +122,7 @@ class TaskConfig:
         wrong = [f"task.{k} = {getattr(self, k)!r}: from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
         if wrong: raise PPOError("; ".join(wrong))
 
-# %% ../../nbs/05i_ppo.task.ipynb #c09d77f5
+# %% ../../nbs/05i_ppo.task.ipynb #d59aab1a
 def task_rows(config: TaskConfig, seed: int) -> tuple[list[dict], list[dict]]:  # to train on, held out
     "Prompts of the bank desk with their true intent."
     train, held, _ = bank_pairs(config.prompts, seed, config.heldout, config.chinese)
@@ -132,7 +133,7 @@ def task_reward(config: TaskConfig, folder: Path) -> Rewards:  # folder: what th
     return {"rules": gold_reward, "model": folder,
             "both": dict(rules=(0.5, gold_reward), model=(0.5, folder))}[config.reward]
 
-# %% ../../nbs/05i_ppo.task.ipynb #1adf5e52
+# %% ../../nbs/05i_ppo.task.ipynb #a6dfc075
 def measured_on(
     models: Models,
     who,  # models.as_policy or models.as_reference
@@ -154,7 +155,7 @@ def measured_on(
                 completion_length=float(rollout.lengths_B.float().mean()), distinct=len(set(rollout.texts)) / len(rows),
                 kl=float(k3_BC[mask_BC].mean()), answers=rollout.texts, scores=gold_N.round(3).tolist())
 
-# %% ../../nbs/05i_ppo.task.ipynb #35df1a4f
+# %% ../../nbs/05i_ppo.task.ipynb #b64b5eb8
 def before_and_after(
     models: Models,
     tokenizer,
@@ -173,7 +174,7 @@ def before_and_after(
     return sides | dict(answers=answers, gain=float(gain_N.mean()),
                         gain_error=float(gain_N.std(ddof=1) / len(gain_N)**0.5))  # paired
 
-# %% ../../nbs/05i_ppo.task.ipynb #2a0cbd9a
+# %% ../../nbs/05i_ppo.task.ipynb #12fe0f4d
 def ppo_phase(
     settings: Settings,
     run: RunFolder,  # with the adapter of the SFT phase, and the model of the reward phase
