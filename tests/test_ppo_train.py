@@ -226,8 +226,8 @@ def weights(folder, step):
 
 def hacked(folder, **more):
     "A reward with a hole: repeating one word pays, and nothing holds the policy back."
-    guards = make_guards(MonitorConfig(window=3, patience=2, kl_max=0.3, reward_slope_min=None, grad_norm_band=None))
-    return trainer(folder, 40, guards=guards, full=True, learning_rate=5e-3, num_ppo_epochs=2, **more)
+    guards = make_guards(MonitorConfig(window=3, patience=2, kl_max=0.9, reward_slope_min=None, grad_norm_band=None))
+    return trainer(folder, 40, guards=guards, full=True, learning_rate=5e-3, num_ppo_epochs=2, seed=1, **more)
 
 
 def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(tmp_path):
@@ -239,6 +239,7 @@ def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(
     kept = checkpoints(tmp_path)
     fit = {s: c["objective"] for s, c in kept.items() if s <= stopped["since"] and c["objective"] is not None}
     assert fit[back] == max(fit.values())
+    assert max(kept, key=lambda s: kept[s]["objective"] or 0) > stopped["since"]  # what is sick is paid best
     now = {n: p.detach() for n, p in run.trained.items()}
     for n, p in weights(tmp_path, back).items():
         assert torch.equal(now[n], p), n
