@@ -190,6 +190,26 @@ def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autoc
         assert all(abs(r - 1) < 1e-5 for r in logged(run, "ratio_first"))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_old_log_probabilities_are_those_before_the_first_update(tmp_path, parts):
+    "Looked up in front of the updates, or read from the first one: KL, entropy and penalty are the same."
+    run = trainer(tmp_path, 3, num_mini_batches=parts, num_ppo_epochs=2, learning_rate=1e-2, kl_coef=0.1)
+    plain, states = run.update, []
+
+    def update(batch):
+        with run.models.as_policy():
+            states.append(score(run.models.policy, batch.rollout, EXACT))
+        return plain(batch)
+
+    run.update = update
+    run.train()
+    mask, (old, entropy) = run.last.mask_BC, states[-1]
+    assert (run.last.old_BC - old)[mask].abs().max() < 1e-5
+    assert logged(run, "entropy")[-1] == pytest.approx(float(entropy[mask].mean()), abs=1e-5)
+    assert logged(run, "kl")[-1] == pytest.approx(float((old - run.last.ref_BC)[mask].mean()), abs=1e-5)
+    assert abs(logged(run, "kl")[-1]) > 1e-3
+
+
 # ---------------------------------------------------------------- KL
 
 
