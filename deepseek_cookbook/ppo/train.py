@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PPOTrainer']
 
-# %% ../../nbs/05b_ppo.train.ipynb #7cc0ef6f
+# %% ../../nbs/05b_ppo.train.ipynb #95255577
 import math, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.std import tqdm
 from transformers import get_scheduler
 
-# %% ../../nbs/05b_ppo.train.ipynb #b035eaf6
+# %% ../../nbs/05b_ppo.train.ipynb #88e146a9
 from ..guards import Action, Decision, Watch
 from ..models import precision
 from ..monitor import peak_memory_gib, scale_lr
@@ -39,7 +39,7 @@ from ..settings import write_jsonl
 from ..sft.adapters import base_name
 from ..sft.distributed import is_main, on_main, rank, world_size
 
-# %% ../../nbs/05b_ppo.train.ipynb #32567283
+# %% ../../nbs/05b_ppo.train.ipynb #eb137ffc
 class PPOTrainer:
     "Samples, scores, learns; watches itself, and goes on where it was cut off."
     def __init__(self,
@@ -66,7 +66,7 @@ class PPOTrainer:
         self.prepare()
         self.steer(guards)
 
-# %% ../../nbs/05b_ppo.train.ipynb #94d240b0
+# %% ../../nbs/05b_ppo.train.ipynb #bafee1cd
 @patch
 def check(self: PPOTrainer):
     "Refuse what can't be learnt from."
@@ -81,7 +81,7 @@ def check(self: PPOTrainer):
     window = getattr(base_of(self.models.policy).config.get_text_config(), "max_position_embeddings", None)
     encode_prompts(self.tokenizer, [r["prompt"] for r in self.rows], window and window - self.rollout.max_new_tokens)
 
-# %% ../../nbs/05b_ppo.train.ipynb #6491950c
+# %% ../../nbs/05b_ppo.train.ipynb #733aa24f
 @patch
 def prepare(self: PPOTrainer):
     "What learns: the tensors, the optimizer, the plan of learning rates."
@@ -93,7 +93,7 @@ def prepare(self: PPOTrainer):
     self.steps = math.ceil(c.total_episodes / c.batch_size)
     self.scheduler = get_scheduler(c.lr_scheduler_type, self.optimizer, c.warmup_steps, self.steps)
 
-# %% ../../nbs/05b_ppo.train.ipynb #f70b229f
+# %% ../../nbs/05b_ppo.train.ipynb #863afb6d
 @patch
 def steer(self: PPOTrainer, guards):
     "What controls a run."
@@ -112,7 +112,7 @@ def stop(self: PPOTrainer, decision: Decision):
     "A guard's last word: no further step; `train` puts back the best checkpoint from before the run was sick."
     self.stopped = dict(guard=decision.guard, step=decision.step, since=decision.since)
 
-# %% ../../nbs/05b_ppo.train.ipynb #ab16e269
+# %% ../../nbs/05b_ppo.train.ipynb #2505df08
 @contextmanager
 def _clock(spent: dict, name: str):
     "Add the seconds of a block to `spent[name]`."
@@ -129,7 +129,7 @@ def step_rows(self: PPOTrainer, step: int) -> list[dict]:
         picks.append(int(order[i % n]))
     return [self.rows[i] for i in picks[rank()::world_size()]]
 
-# %% ../../nbs/05b_ppo.train.ipynb #f7f080cd
+# %% ../../nbs/05b_ppo.train.ipynb #805cd133
 @patch
 def ask(self: PPOTrainer) -> Batch:
     "Let the policy answer, and score the answers."
@@ -144,7 +144,7 @@ def ask(self: PPOTrainer) -> Batch:
     count = round(self.config.replay * self.config.batch_size / world_size())
     return with_replayed(batch, self.replay, count, step, (self.seed, step, rank()), self.stops, self.tokenizer)
 
-# %% ../../nbs/05b_ppo.train.ipynb #69cca46d
+# %% ../../nbs/05b_ppo.train.ipynb #a1a4331b
 @patch
 def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[int]]]:  # updates, micro-batches, rows
     "Who is learnt from together: an order that depends on seed, step and epoch only."
@@ -156,7 +156,7 @@ def minibatches(self: PPOTrainer, batch: Batch, epoch: int) -> list[list[list[in
     return [[[part[i] for i in rows] for rows in by_length(length_B[part], self.config.per_device_train_batch_size)]
             for part in parts]
 
-# %% ../../nbs/05b_ppo.train.ipynb #a75abdd3
+# %% ../../nbs/05b_ppo.train.ipynb #fa8db6c2
 @patch
 def summed(self: PPOTrainer, x: torch.Tensor) -> torch.Tensor:
     "The sum over all processes; where there are GPUs, they can only add what lies on them."
@@ -182,7 +182,7 @@ def whitened(self: PPOTrainer, x_BC: torch.Tensor, mask_BC: torch.Tensor, shift_
     white_BC = (x_BC - mean) * torch.rsqrt(self.summed((x_N - mean).square().sum()) / (n - 1).clamp(min=1) + 1e-8)
     return torch.where(mask_BC, white_BC if shift_mean else white_BC + mean, 0.0)
 
-# %% ../../nbs/05b_ppo.train.ipynb #77c7f5fa
+# %% ../../nbs/05b_ppo.train.ipynb #a687411b
 @patch
 def learn_from(self: PPOTrainer, batch: Batch, rows: list[int], num_items: torch.Tensor) -> dict[str, torch.Tensor]:
     "Gradients of some rows, as their share of the minibatch of all processes: first the policy's, then the value's."
@@ -209,7 +209,7 @@ def learn_from(self: PPOTrainer, batch: Batch, rows: list[int], num_items: torch
     return dict(ppo_loss=ppo_loss(policy, value, entropy, c.vf_coef, c.entropy_coef), policy_loss=policy,
                 value_loss=value, value_clip_fraction=cut, **found)
 
-# %% ../../nbs/05b_ppo.train.ipynb #750ce925
+# %% ../../nbs/05b_ppo.train.ipynb #1bf4746c
 @patch
 def clip(self: PPOTrainer, group: list[torch.Tensor]) -> float:  # L2 norm before clipping
     "Add the gradients of all processes, and clip them."
@@ -236,7 +236,7 @@ def one_update(self: PPOTrainer, batch: Batch, micro_batches: list[list[int]]) -
     if self.counts["in_a_row"] >= self.config.max_skipped: self.give_up(batch, rows)
     return totals | dict(ratio_max=float(max(tops)), sound=sound)
 
-# %% ../../nbs/05b_ppo.train.ipynb #88f3a8e9
+# %% ../../nbs/05b_ppo.train.ipynb #c97b9bc9
 @patch
 def update(self: PPOTrainer, batch: Batch) -> dict:
     "Epochs of minibatches, left early where the policy has moved too far; metrics are means over the updates."
@@ -250,7 +250,7 @@ def update(self: PPOTrainer, batch: Batch) -> dict:
     top = max(s["ratio_max"] for s in sound)
     return means | dict(ratio_first=seen[0]["ratio_max"], ratio_max=top, updates=len(seen))
 
-# %% ../../nbs/05b_ppo.train.ipynb #4fdd61f7
+# %% ../../nbs/05b_ppo.train.ipynb #de7d1f87
 @patch
 def give_up(self: PPOTrainer, batch: Batch, rows: list[int]):
     "Leave the last minibatch on disk, and stop."
@@ -263,7 +263,7 @@ def give_up(self: PPOTrainer, batch: Batch, rows: list[int]):
         f"none of them changed a weight. The last minibatch is in {file}. Lower ppo.learning_rate, set "
         "rollout.autocast = float32, or look at the scores; then run again: it goes on from the last checkpoint.")
 
-# %% ../../nbs/05b_ppo.train.ipynb #8c49f384
+# %% ../../nbs/05b_ppo.train.ipynb #92287e8b
 @patch
 def one_step(self: PPOTrainer) -> dict:
     "Ask, look back, learn; then adjust what controls the run."
@@ -289,7 +289,7 @@ def one_step(self: PPOTrainer) -> dict:
     return found | times | dict(num_tokens=n["tokens"], epoch=n["done"] * c.batch_size / len(self.rows),
         samples_per_second=c.batch_size / (time.perf_counter() - began), memory_gib=peak_memory_gib())
 
-# %% ../../nbs/05b_ppo.train.ipynb #830d00af
+# %% ../../nbs/05b_ppo.train.ipynb #4f854d90
 @patch
 def state(self: PPOTrainer) -> dict:
     "What a checkpoint holds beside weights and optimizer; of all processes."
@@ -303,7 +303,7 @@ def state(self: PPOTrainer) -> dict:
     limit = self.config.cost_limit
     return found | dict(objective=means[0], within_limit=limit is None or means[1] is not None and means[1] <= limit)
 
-# %% ../../nbs/05b_ppo.train.ipynb #d7779a41
+# %% ../../nbs/05b_ppo.train.ipynb #a208eea0
 @patch
 def key(self: PPOTrainer) -> str:
     "What must be the same when a run goes on."
@@ -323,7 +323,7 @@ def save(self: PPOTrainer):
         write_jsonl(self.folder / "samples.jsonl", self.samples)
     on_main(write)
 
-# %% ../../nbs/05b_ppo.train.ipynb #23e153c0
+# %% ../../nbs/05b_ppo.train.ipynb #c6adca4f
 @patch
 def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     "Go on from the newest checkpoint, where there is one."
@@ -344,7 +344,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     self.log.rewind(self.counts["done"])
     return there[-1]
 
-# %% ../../nbs/05b_ppo.train.ipynb #7eb661cf
+# %% ../../nbs/05b_ppo.train.ipynb #69835af3
 @patch
 def restore(self: PPOTrainer):
     "Put the weights of the best checkpoint back."
@@ -367,7 +367,7 @@ def note_samples(self: PPOTrainer):
         self.samples.append(dict(step=self.counts["done"], prompt=asked, completion=b.rollout.texts[i],
                                  score=round(float(b.score_B[i]), 4), kl=round(float(kl_B[i]), 3)))
 
-# %% ../../nbs/05b_ppo.train.ipynb #ec131382
+# %% ../../nbs/05b_ppo.train.ipynb #4465967e
 @patch
 def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     "All steps; a run that was cut off goes on from its last checkpoint."
@@ -390,7 +390,7 @@ def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     on_main(lambda: save_policy(self.models, self.folder / "adapter") and None)
     return self.figures(resumed) | dict(seconds=round(time.perf_counter() - began, 1))
 
-# %% ../../nbs/05b_ppo.train.ipynb #1ce61993
+# %% ../../nbs/05b_ppo.train.ipynb #1266f8c1
 @patch
 def figures(self: PPOTrainer, resumed: int | None) -> dict:
     "The measured figures of a run; the quarters are means over steps, with the standard error of the first one."
