@@ -58,6 +58,11 @@ _PUBLIC = {
     "RolloutConfig": "ppo.rollout",
     "Rollout": "ppo.rollout",
     "sample": "ppo.rollout",
+    "PPOConfig": "ppo.config",
+    "PPOTrainer": "ppo.train",
+    "train_ppo": "ppo.task",
+    "make_models": "ppo.policy",
+    "load_constitution": "ppo.principles",
     "cook": "pipeline",
 }
 __all__ = list(_PUBLIC)

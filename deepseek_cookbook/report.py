@@ -115,9 +115,11 @@ def ppo_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
     table = [(k.replace("_", " "), f"{before[k]:.3f}", f"{after[k]:.3f}") for k in names]
     answers = [(a["question"], f"{a['before']} [{a['before_score']:g}]", f"{a['after']} [{a['after_score']:g}]")
                for a in r["heldout"]["answers"]]
-    facts = render("""<p>{{ r.steps }} steps, {{ r.completion_tokens }} sampled tokens, {{ "%.2f"|format(r.samples_per_second) }}
-samples/s{% if r.resumed_from is not none %}; resumed from step {{ r.resumed_from }}{% endif %}. The weights are those of step
-{{ r.restored_to }}{% if r.stopped %}: guard {{ r.stopped.guard }} stopped the run at step {{ r.stopped.step }}{% endif %}.
+    facts = render("""<p>{{ r.steps }} steps, {{ r.completion_tokens }} sampled tokens,
+{{ "%.2f"|format(r.samples_per_second) }} samples/s
+{%- if r.resumed_from is not none %}; resumed from step {{ r.resumed_from }}{% endif %}. The weights are those of
+step {{ r.restored_to }}
+{%- if r.stopped %}: guard {{ r.stopped.guard }} stopped the run at step {{ r.stopped.step }}{% endif %}.
 On {{ r.heldout.before.n }} prompts of templates that training never saw, the reward that a rule can check rose by
 <b>{{ "%+.3f"|format(r.heldout.gain) }}</b> (standard error {{ "%.3f"|format(r.heldout.gain_error) }}, paired).</p>
 {{ table(["on held-out prompts", "before", "after"], rows) }}
@@ -129,8 +131,9 @@ On {{ r.heldout.before.n }} prompts of templates that training never saw, the re
 def constitution_section(record: dict, **_) -> str:
     "Figures of every stage, and the picture."
     r = record["result"]
-    return render("""<h2>Constitution</h2><p>Judge: {{ r.judge }}. Rules and classifiers measure held-out prompts, so that no
-number comes from a model that is judged by it; <i>needless</i> is the share of honest customers who got a warning.</p>
+    return render("""<h2>Constitution</h2><p>Judge: {{ r.judge }}. Rules and classifiers
+measure held-out prompts, so that no number comes from a model that is judged by it; <i>needless</i> is the share of
+honest customers who got a warning.</p>
 {{ table(head, rows) }}<p><img alt="stages" src="data:image/png;base64,{{ picture }}"></p>""", r=r,
                   head=("stage", *COLUMNS), rows=stage_rows(r["measured"]),
                   picture=base64.b64encode(to_png(plot_stages(r["measured"]))).decode())
@@ -165,9 +168,10 @@ def outcome(name: str, r: dict) -> str:
         return f"pair accuracy {r['gate'][0]['value']:.3f}, gate {'passed' if r['passed'] else 'not passed'}"
     if name == "ppo":
         h = r["heldout"]
-        return f"held-out reward {h['before']['reward']:.3f} -> {h['after']['reward']:.3f}, KL {h['after']['kl']:.3f} nats a token"
+        return (f"held-out reward {h['before']['reward']:.3f} -> {h['after']['reward']:.3f}, "
+                f"KL {h['after']['kl']:.3f} nats a token")
     if name == "constitution":
-        first, last = ({k: m[k]["value"] for k in ("violations", "needless")} for m in (r["measured"][0], r["measured"][-1]))
+        first, last = ({k: r["measured"][i][k]["value"] for k in ("violations", "needless")} for i in (0, -1))
         return (f"violations {first['violations']:.2f} -> {last['violations']:.2f}, "
                 f"needless warnings {first['needless']:.2f} -> {last['needless']:.2f}")
     if name == "evaluate":

@@ -93,8 +93,8 @@ def look_back(
     batch: Batch,  # filled in
     models: Models,
     config: RolloutConfig,
-    together: list[list[int]],  # rows that the update will compute together: in BF16 the ratio then begins at exactly 1
-    early: bool = True,  # False: leave the policy's own log-probabilities to the first update, if that is all of the rows
+    together: list[list[int]],  # rows that the update computes together: in BF16 the ratio then begins at 1
+    early: bool = True,  # False: the first update, of all rows, finds the policy's log-probabilities
 ):
     "Log-probabilities, reference and values of every token, before anything is learnt."
     policy, frozen, plain = models.policy, models.frozen, batch.rollout

@@ -44,8 +44,9 @@ class PPOConfig:
     kl_horizon: float = 640  # completions; see `AdaptiveKL`
     target_kl: float | None = None  # nats a token from the policy of the step's start: leaves the step's other updates
     upper_layers: int | None = None  # the policy's adapters in so many of the last layers, states below kept; none: all
-    value_layers: int | None = None  # the value's adapters, likewise; 0: none, a head on the start's states is all that learns
+    value_layers: int | None = None  # the value's adapters, likewise; 0: only a head on the start's states learns
     full: bool = False  # train all weights; wants model.dtype = float32
+    attention: str | None = None  # instead of [model]'s; on CPUs, eager: a faster way back for short rows
     cost_limit: float | None = None  # the mean cost that is aimed at; none: no constraint
     cost_init: float = 1.0  # lambda at the start
     cost_lr: float = 0.1  # change of log(lambda) for a cost of 1 above the limit

@@ -205,7 +205,8 @@ def run_trl(plan: dict, kind: str, folder: str) -> dict:
     value = trl_value(plan, kind, tokenizer.pad_token_id)
     config = PPOConfig(
         folder, total_episodes=plan["updates"] * batch, num_ppo_epochs=plan["epochs"],
-        num_mini_batches=plan["minibatches"], per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+        num_mini_batches=plan["minibatches"], per_device_train_batch_size=plan["micro"],
+        gradient_accumulation_steps=batch // plan["micro"] // plan["minibatches"],
         local_rollout_forward_batch_size=batch, response_length=plan["new_tokens"], stop_token="eos", temperature=1.0,
         learning_rate=plan["learning_rate"], lr_scheduler_type="constant", seed=plan["seed"], use_cpu=True, bf16=False,
         gradient_checkpointing=False, num_sample_generations=0, report_to="none", save_strategy="no",
@@ -236,13 +237,14 @@ def run_ours(plan: dict, kind: str, folder: str) -> dict:
     imports, clock = peak_gib(), Clock()
     layers = dict(upper_layers=plan["upper"] if kind == "ours, upper" else None,
                   value_layers=None if "adapter" in kind else 0)
-    tokenizer, base = load_tokenizer(plan["model"]), load_model(plan["model"], dtype=plan["dtype"])
+    tokenizer = load_tokenizer(plan["model"])
+    base = load_model(plan["model"], dtype=plan["dtype"], attention=plan["attention"])
     no_end(tokenizer, base)
     scorer = Scorer(plan, tokenizer, base.config.vocab_size, autocast_of(plan))
     models = make_models(base, plan["lora"], **layers, seed=plan["seed"])
     config = module.PPOConfig(
         total_episodes=plan["updates"] * plan["batch"], batch_size=plan["batch"], num_mini_batches=plan["minibatches"],
-        num_ppo_epochs=plan["epochs"], per_device_train_batch_size=plan["batch"], learning_rate=plan["learning_rate"],
+        num_ppo_epochs=plan["epochs"], per_device_train_batch_size=plan["micro"], learning_rate=plan["learning_rate"],
         value_learning_rate=plan["learning_rate"], **layers, save_steps=10**6)
     rollout = RolloutConfig(plan["new_tokens"], batch_size=plan["batch"], autocast=plan["autocast"])
     rows = [dict(prompt=r["prompt"]) for r in plan["rows"]]
@@ -337,7 +339,7 @@ def make_plan(args) -> dict:
     pairs = bank_pairs(args.updates * args.batch, settings.build("run").seed, 2, chinese=0)[0]
     rows = [dict(prompt=p["prompt"], input_ids=prompt_ids(tokenizer, p["prompt"])) for p in pairs]
     keep = ("batch", "updates", "epochs", "minibatches", "new_tokens", "learning_rate", "reward", "autocast", "dtype",
-            "upper")
+            "attention", "upper", "micro")
     return {k: getattr(args, k) for k in keep} | dict(
         profile=args.profile, set=args.set, model=model, seed=settings.build("run").seed, rows=rows,
         lora=settings["lora"] | dict(lora_dropout=0.0))
@@ -350,6 +352,7 @@ def arguments(argv=None):
     parser.add_argument("--rounds", type=int, default=1, help="of all contenders, every second one backwards")
     parser.add_argument("--batch", type=int, default=8, help="completions an update")
     parser.add_argument("--minibatches", type=int, default=1, help="optimizer steps an epoch")
+    parser.add_argument("--micro", type=int, default=4, help="rows whose activations exist at the same time, of all")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
@@ -357,6 +360,7 @@ def arguments(argv=None):
     parser.add_argument("--reward", choices=("small", "full"), default="small", help="size of the reward model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     parser.add_argument("--autocast", choices=("auto", "float32"), default="auto")
+    parser.add_argument("--attention", default="eager", help="kernel of ours; TRL has that of transformers, sdpa")
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as lora.r=8")
     parser.add_argument("--only", nargs="*", choices=ALL, default=CONTENDERS)
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-trl112")
@@ -364,8 +368,8 @@ def arguments(argv=None):
     parser.add_argument("--child", choices=ALL, help=argparse.SUPPRESS)
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.updates < 2 or args.batch % args.minibatches:
-        parser.error("--updates: from 2 on; --batch: a multiple of --minibatches")
+    if args.updates < 2 or args.batch % (args.minibatches * args.micro):
+        parser.error("--updates: from 2 on; --batch: a multiple of --minibatches times --micro")
     return args
 
 
@@ -386,7 +390,8 @@ def main():
                 print(name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)
     lengths = [len(r["input_ids"]) for r in plan["rows"]]
     print(f"PPO on {plan['model']}, {args.batch} completions an update, {args.epochs} epochs of {args.minibatches} "
-          f"minibatches, prompts of {min(lengths)} to {max(lengths)} tokens, {args.new_tokens} new ones, LoRA r "
+          f"minibatches, {args.micro} rows at a time, "
+          f"prompts of {min(lengths)} to {max(lengths)} tokens, {args.new_tokens} new ones, LoRA r "
           f"{plan['lora']['r']}, weights {args.dtype}, autocast {args.autocast}, "
           f"{os.environ.get('OMP_NUM_THREADS', '1')} thread, "
           f"{platform.machine()}, {args.updates - 1} updates of {args.rounds} rounds\n")
