@@ -100,18 +100,18 @@ def test_the_plan_has_as_many_prompts_as_the_updates_need():
 
 
 def test_our_contenders_run_as_toys(tmp_path):
-    args = ppo.arguments(["--updates", "2", "--batch", "2", "--new-tokens", "4", "--upper", "1", "--only", "ours"])
+    args = ppo.arguments(["--updates", "2", "--batch", "2", "--micro", "2", "--new-tokens", "4", "--upper", "1", "--only", "ours"])
     plan = ppo.make_plan(args)
     whole, upper = (ppo.run_ours(plan, name, str(tmp_path / name)) for name in ("ours", "ours, upper"))
     assert whole["samples"] == 2 and whole["tokens"] == 8  # nobody stops early
     assert whole["trained"] > upper["trained"] > 0
-    assert whole["cpu"]["generation"] > 0 and upper["cpu"]["lower"] > 0 and "lower" not in whole["cpu"]
+    assert whole["cpu"]["generation"] > 0 and upper["cpu"]["lower"] > 0
 
 
 def test_both_sides_have_the_same_reward_model():
     from deepseek_cookbook.models import load_tokenizer
 
-    args = ppo.arguments(["--updates", "2", "--batch", "1", "--only", "ours"])
+    args = ppo.arguments(["--updates", "2", "--batch", "1", "--micro", "1", "--only", "ours"])
     plan, tokenizer = ppo.make_plan(args), load_tokenizer("tiny-llama")
     one, two = (ppo.judge(plan, len(tokenizer), tokenizer.pad_token_id) for _ in range(2))
     assert all((a == b).all() for a, b in zip(one.parameters(), two.parameters()))

@@ -480,7 +480,7 @@ def test_a_stop_that_could_not_restore_is_an_error_at_the_start(tmp_path, option
     with pytest.raises(MonitorError, match=word):
         trainer.train()
     assert trainer.state.global_step == 0
-    calm = make_guards(MonitorConfig(finite_action="note", loss_action="note"))
+    calm = make_guards(MonitorConfig(finite_action="note", loss_action="note", kl_max_action="note"))
     trainer_for(tiny(), tmp_path, guards=calm, max_steps=2, **options)[0].train()
 
 

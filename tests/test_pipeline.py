@@ -11,7 +11,8 @@ from deepseek_cookbook.settings import RunFolder, load_settings, write_jsonl
 FAST = ["sft.max_steps=4", "sft.eval_steps=2", "sft.save_steps=2", "sft.disable_tqdm=true", "evaluate.quiet=true",
         "evaluate.samples=1", "data.limit=40",
         "reward.max_steps=2", "reward.eval_steps=2", "reward.save_steps=2", "reward_model.pairs=40",
-        "reward_model.heldout=20", "reward_model.validation=8"]
+        "reward_model.heldout=20", "reward_model.validation=8",
+        "ppo.total_episodes=16", "task.heldout=4"]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,13 @@ def test_every_phase_leaves_a_whole_result(walked):
 
 
 def test_nothing_runs_twice(walked):
-    assert skipped(walked[0]) == ["data", "sft", "reward", "evaluate", "report"]
+    assert skipped(walked[0]) == [p.name for p in PHASES]
 
 
 def test_a_damaged_file_is_made_again(walked):
     adapter = walked[0] / "tiny/sft/adapter/adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
-    assert skipped(walked[0]) == ["data", "reward"]
+    assert skipped(walked[0]) == ["data", "reward", "constitution"]
 
 
 def test_a_damaged_result_is_made_again(walked):
@@ -59,7 +60,7 @@ def test_a_damaged_result_is_made_again(walked):
 
 def test_a_changed_setting_runs_its_phase_and_what_follows(walked):
     assert skipped(walked[0], "sft.learning_rate=2e-3") == ["data", "reward"]
-    assert skipped(walked[0], "sft.learning_rate=2e-3", "data.validation=0.3") == ["reward"]
+    assert skipped(walked[0], "sft.learning_rate=2e-3", "data.validation=0.3") == ["reward", "constitution"]
     walk(walked[0])
 
 
