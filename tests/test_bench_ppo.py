@@ -100,7 +100,7 @@ def test_the_plan_has_as_many_prompts_as_the_updates_need():
 
 
 def test_our_contenders_run_as_toys(tmp_path):
-    args = ppo.arguments(["--updates", "2", "--batch", "2", "--micro", "2", "--new-tokens", "4", "--upper", "1", "--only", "ours"])
+    args = ppo.arguments("--updates 2 --batch 2 --micro 2 --new-tokens 4 --upper 1 --only ours".split())
     plan = ppo.make_plan(args)
     whole, upper = (ppo.run_ours(plan, name, str(tmp_path / name)) for name in ("ours", "ours, upper"))
     assert whole["samples"] == 2 and whole["tokens"] == 8  # nobody stops early
