@@ -564,3 +564,23 @@ def test_scored_in_the_updates_batches_the_ratio_is_exactly_one_in_bf16():
         part = rollout.select(rows)
         with R.no_dropout(policy, recompute=True), R.arithmetic(policy, low.autocast):
             assert torch.equal(R.token_logprobs(policy, part)[0], part.logprobs_BC)
+
+
+def test_weights_made_once_are_those_of_the_policy_and_leave_no_trace():
+    "In BF16 the drawing model has its adapters added in: drawn and recomputed agree, far from the base's."
+    tokenizer = load_tokenizer("tiny-llama")
+    torch.manual_seed(0)
+    base = load_model("tiny-llama")
+    base.get_output_embeddings().weight.data *= 5
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    policy = get_peft_model(base, lora).eval()
+    flags = [p.requires_grad for p in policy.parameters()]
+    config = RolloutConfig(max_new_tokens=8, autocast="bfloat16")
+    rollout = sample(policy, tokenizer, ["one", "two", "three", "four"], config, seed=3)
+    mask = rollout.completion_mask_BC
+    off = (rollout.drawn_logprobs_BC - rollout.logprobs_BC)[mask].abs().mean()
+    with reference(policy):
+        far = (R.score(policy, rollout, config)[0] - rollout.logprobs_BC)[mask].abs().mean()
+    assert off < 0.05 and far > 5 * off
+    assert [p.requires_grad for p in policy.parameters()] == flags
+    assert not any("forward" in m.__dict__ for m in policy.modules())
