@@ -172,7 +172,12 @@ _ADVICE = {
 }
 
 # %% ../nbs/00h_guards.ipynb #bda1257c
-def make_guards(config: MonitorConfig | None = None) -> list[Guard]:
+_ROLLOUTS = {"completion_length", "distinct", "kl", "ppo_loss", "reward"}  # metrics of answers that a policy gave
+
+def make_guards(
+    config: MonitorConfig | None = None,
+    rollouts: bool = True,  # False: for training on given texts, where no policy answers
+) -> list[Guard]:
     "The guards that a configuration asks for."
     c = config or MonitorConfig()
     def guard(name, metric, rule, action, patience=c.patience, window=c.window, band=None):
@@ -189,8 +194,9 @@ def make_guards(config: MonitorConfig | None = None) -> list[Guard]:
              (c.ppo_loss_band, "ppo_loss", "ppo_loss", band, c.ppo_loss_action),
              (c.reward_slope_min, "reward", "reward", lambda x: grows_slower(x, w), c.reward_slope_action)]
     guards = [guard(f"finite:{m}", m, not_finite(), c.finite_action, 1, 0) for m in c.finite_metrics]
-    return guards + [guard(name, metric, rule(limit), action, band=limit if isinstance(limit, tuple) else None)
-                     for limit, name, metric, rule, action in table if limit is not None]
+    guards += [guard(name, metric, rule(limit), action, band=limit if isinstance(limit, tuple) else None)
+               for limit, name, metric, rule, action in table if limit is not None]
+    return [g for g in guards if rollouts or g.metric not in _ROLLOUTS]
 
 # %% ../nbs/00h_guards.ipynb #483e9237
 class Watch:

@@ -307,6 +307,13 @@ def test_none_switches_a_guard_off_and_defaults_note():
     assert make_guards(MonitorConfig(kl_growth_action="raise_beta"))[-3].action is Action.RAISE_BETA
 
 
+def test_training_on_given_texts_has_no_guard_that_only_answers_feed():
+    "Else the stop of `kl_max` would demand checkpoints from a run that never logs a KL."
+    calm = MonitorConfig(finite_action="note", loss_action="note")
+    assert Action.STOP in {g.action for g in make_guards(calm)}
+    assert {g.action for g in make_guards(calm, rollouts=False)} == {Action.NOTE}
+
+
 # ---- real trainer runs ------------------------------------------------------------------------------------------
 
 

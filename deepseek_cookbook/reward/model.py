@@ -354,7 +354,7 @@ def train_reward(
     model = load_reward_model(**base, heads=len(names), seed=seed.seed)
     tokenizer, trackers = load_tokenizer(base["name"]), make_trackers(watch.trackers, folder.parent, folder.name)
     with MetricsLog(folder / "metrics.jsonl", trackers) as log:
-        monitor = MonitorCallback(log, make_guards(watch), lr_factor=watch.lr_factor)
+        monitor = MonitorCallback(log, make_guards(watch, rollouts=False), lr_factor=watch.lr_factor)
         trainer, cut = make_reward_trainer(settings, train, validation, folder, model, tokenizer, names, [monitor])
         checkpoint = last_checkpoint(folder)
         try:

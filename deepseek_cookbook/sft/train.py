@@ -152,7 +152,7 @@ def ready_base(settings: Settings, model):
 def make_callbacks(settings: Settings, config, log: MetricsLog, tokenizer, folder: Path) -> list:
     "What watches a run."
     watch, patience = settings.build("monitor"), settings.build("train").patience
-    callbacks = [MonitorCallback(log, make_guards(watch), lr_factor=watch.lr_factor),
+    callbacks = [MonitorCallback(log, make_guards(watch, rollouts=False), lr_factor=watch.lr_factor),
                  LastBatches(log, tokenizer, folder)]
     if patience and config.load_best_model_at_end: callbacks.append(EarlyStop(patience))
     return callbacks
