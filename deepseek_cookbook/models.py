@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BYTES', 'Precision', 'has_bf16_cpu', 'precision', 'attention_kernel', 'locate', 'hub_error', 'reach_hub',
            'check_spaces', 'guess_template', 'load_tokenizer', 'count_parameters', 'weight_bytes', 'check_memory',
-           'return_freed_memory', 'trim_memory', 'quantizer', 'to_dtype', 'agree', 'read_model', 'load_model',
-           'local_device', 'load_adapter']
+           'return_freed_memory', 'trim_memory', 'page_out', 'quantizer', 'to_dtype', 'agree', 'read_model',
+           'load_model', 'local_device', 'load_adapter']
 
 # %% ../nbs/00e_models.ipynb #10062973
-import ctypes, logging, math, os, re
+import ctypes, logging, math, mmap, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import httpx, psutil, torch
@@ -189,6 +189,18 @@ def return_freed_memory(
 def trim_memory() -> bool:  # False where the C library is not glibc
     "Give the free pages of `malloc`'s heap back to the system, once."
     try: return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError): return False
+
+def page_out(
+    tensor: torch.Tensor,  # on the CPU
+) -> bool:  # False where the system can't
+    "Let the system take a tensor's memory; what came from a file is read from there again when somebody looks."
+    advice, page = 21, mmap.PAGESIZE  # MADV_PAGEOUT of <sys/mman.h>, Linux 5.4
+    first = -(-tensor.data_ptr() // page)  # whole pages only: others have neighbours on them
+    size = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page - first
+    if size < 1: return False
+    start, length = ctypes.c_void_p(first * page), ctypes.c_size_t(size * page)
+    try: return ctypes.CDLL("libc.so.6").madvise(start, length, advice) == 0
     except (OSError, AttributeError): return False
 
 # %% ../nbs/00e_models.ipynb #cbb6e096

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, TrainingArguments
 
 import deepseek_cookbook
@@ -447,3 +450,30 @@ def test_a_damaged_adapter_is_told(adapter, damage):
         weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ModelError, match="damaged or does not fit"):
         load_model("tiny-llama", adapter=adapter, device="cpu")
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_was_let_go_is_read_again(tmp_path):
+    "From a file, and, where there is no file, nothing is lost either."
+    values = torch.arange(3_000_000.0)
+    save_file(dict(a=values), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        mapped = file.get_tensor("a")
+    for tensor in (mapped, values.clone(), values[5:], torch.zeros(3), torch.zeros(0)):
+        before = tensor.clone()
+        models.page_out(tensor)
+        assert torch.equal(tensor, before)
+    assert not models.page_out(torch.zeros(3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise")
+def test_a_mapped_weight_needs_no_memory_until_somebody_looks(tmp_path):
+    save_file(dict(a=torch.ones(20_000_000)), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        mapped = file.get_tensor("a")
+    assert mapped.sum() == 20_000_000
+    read = psutil.Process().memory_info().rss
+    if models.page_out(mapped):
+        assert read - psutil.Process().memory_info().rss > 0.9 * 80_000_000

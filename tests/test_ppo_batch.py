@@ -498,7 +498,7 @@ def test_a_number_that_is_not_finite_does_not_break_the_checkpoint(tmp_path, mon
 
     def overflowing(batch):
         found = plain(batch)
-        return found | dict(kl_per_completion=float("inf")) if calls.pop() else found
+        return found | dict(kl=float("inf")) if calls.pop() else found
 
     calls = [False] * 9 + [True] + [False]
     monkeypatch.setattr(T, "measure", overflowing)

@@ -371,3 +371,15 @@ def test_the_value_has_no_adapter_on_the_output_layer(tmp_path):
     P.values_of(models, rollout).sum().backward()
     assert {n.split(".")[0] for n in trained(models) if "lm_head" in n} == {"policy"}
     assert all(p.grad is not None for p in trained(models).values())  # torchrun adds up all gradients
+
+
+def test_a_reward_model_on_the_base_keeps_its_32_bits(tmp_path):
+    "It scores without autocast, which 16-bit matrices could not."
+    models = make_models(peaked(), LORA)
+    with P.narrowed(models, "bfloat16") as matrices:
+        assert matrices == 14
+    models.frozen.add_adapter("reward", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with P.narrowed(models, "bfloat16") as matrices:
+        assert matrices == 0
+    with P.narrowed(models, "float32") as matrices:
+        assert matrices == 0

@@ -7,6 +7,7 @@ import ast
 import copy
 import math
 import shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from deepseek_cookbook.ppo.checkpoints import checkpoint_folder, checkpoints
 from deepseek_cookbook.ppo.policy import make_models
 from deepseek_cookbook.ppo.rollout import RolloutConfig, RolloutError, score
 from deepseek_cookbook.ppo.train import PPOConfig, PPOError
-from deepseek_cookbook.reward.combine import RewardError
+from deepseek_cookbook.reward.combine import RewardError, RunningNorm, combine
 from deepseek_cookbook.settings import read_jsonl
 
 PEOPLE_GOT_WRONG = {
@@ -493,3 +494,79 @@ def test_the_policy_is_scored_by_its_reference_and_not_by_itself(tmp_path):
     assert (batch.ref_BC - base)[mask].abs().max() < 1e-4
     assert (batch.old_BC - batch.ref_BC)[mask].abs().max() > 1e-2
     assert logged(run, "kl")[-1] == pytest.approx(float((batch.old_BC - base)[mask].mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("more", [{}, dict(upper_layers=1, value_layers=0), dict(full=True)])
+def test_holding_frozen_matrices_in_16_bits_changes_no_number(tmp_path, monkeypatch, name, more):
+    """In BF16 arithmetic they are rounded for every product anyway; afterwards the 32 bits are back, bit for bit.
+
+    One step: in the next one adapters are added into rounded matrices for sampling, whose sums may round differently.
+    """
+    low = RolloutConfig(max_new_tokens=6, autocast="bfloat16")
+    more = more | dict(num_mini_batches=2, num_ppo_epochs=2)
+    held, plain = [], T.narrowed
+
+    def watched(models, autocast):
+        with plain(models, autocast) as matrices:
+            held.append(matrices)
+            yield
+
+    monkeypatch.setattr(T, "narrowed", contextmanager(watched))
+    runs = [trainer(tmp_path / "held", 1, name=name, rollout=low, **more)]
+    runs[0].train()
+    assert held[0] > 0
+    monkeypatch.setattr(T, "narrowed", lambda *args: nullcontext())
+    runs += [trainer(tmp_path / "plain", 1, name=name, rollout=low, **more)]
+    runs[1].train()
+    a, b = ({**r.trained, **dict(r.models.frozen.named_parameters())} for r in runs)
+    assert a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    assert logged(runs[0], "kl") == logged(runs[1], "kl")
+
+
+def test_the_32_bits_come_back_when_a_run_breaks_off(tmp_path):
+    def broken(prompts, completions, **columns):
+        raise KeyboardInterrupt
+
+    run = trainer(tmp_path, 2, broken, rollout=RolloutConfig(max_new_tokens=6, autocast="bfloat16"))
+    before = {n: p.clone() for n, p in run.models.frozen.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in run.models.frozen.named_parameters())
+
+
+def test_a_price_of_zero_cannot_be_raised(tmp_path):
+    guards = make_guards(MonitorConfig(kl_growth_action="raise_beta"))
+    with pytest.raises(PPOError, match="'kl' would raise the price of KL, and ppo.kl_coef = 0"):
+        trainer(tmp_path, 2, guards=guards)
+    assert trainer(tmp_path, 2, guards=guards, kl_coef=0.1).kl.beta == 0.1
+
+
+def test_lower_lr_takes_the_factor_of_the_settings(tmp_path):
+    never = Guard("rate", "reward", lambda x: np.ones(len(x), bool), Action.LOWER_LR, 1, 0)
+    run = trainer(tmp_path, 2, guards=[never], lr_factor=0.1)
+    run.train()
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.1**2)
+
+
+def test_a_normalised_reward_goes_on_with_what_it_has_seen(tmp_path):
+    def reward():
+        return combine(dict(vowels=vowels), dict(vowels=1.0), dict(vowels=RunningNorm()))
+
+    runs = [trainer(tmp_path / "straight", 4, reward())]
+    runs[0].train()
+    trainer(tmp_path / "cut", 2, reward()).train()
+    runs += [trainer(tmp_path / "cut", 4, reward())]
+    runs[1].train()
+    seen = [r.reward.fn.norms["vowels"] for r in runs]
+    assert seen[0] == seen[1] and seen[0].count == 4 * 16
+    assert logged(runs[0], "reward") == logged(runs[1], "reward")
+
+
+def test_a_whole_policy_is_not_continued_from_another_start(tmp_path):
+    trainer(tmp_path, 1, full=True).train()
+    other = peaked()
+    with torch.no_grad():
+        next(other.parameters()).add_(0.01)
+    with pytest.raises(PPOError, match="another model, start or seed"):
+        trainer(tmp_path, 2, full=True, models=make_models(other, LORA, full=True)).train()

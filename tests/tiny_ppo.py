@@ -52,7 +52,7 @@ def shaken(models, size=0.05, seed=0):
 
 def trainer(folder, steps, reward=vowels, name="tiny-llama", rows=ROWS, models=None, cost=None, rollout=EXACT, **more):
     "A trainer of so many steps; `more` goes to the settings of PPO, or to the trainer."
-    own = {k: more.pop(k) for k in ("guards", "engine", "seed", "log") if k in more}
+    own = {k: more.pop(k) for k in ("guards", "lr_factor", "engine", "seed", "log") if k in more}
     config = STEP | more
     config = PPOConfig(total_episodes=steps * config["batch_size"], **config)
     models = models or make_models(

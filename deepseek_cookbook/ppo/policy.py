@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PolicyError', 'answering', 'Models', 'beyond_lora', 'upper_lora', 'make_models', 'trained', 'values_of', 'joined',
-           'save_policy', 'reward_on_base']
+           'save_policy', 'reward_on_base', 'narrowed']
 
 # %% ../../nbs/05e_ppo.policy.ipynb #14088da1
 from contextlib import contextmanager, nullcontext
@@ -19,12 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 # %% ../../nbs/05e_ppo.policy.ipynb #b922d862
-from ..models import load_tokenizer
+from ..models import load_tokenizer, page_out
 from ..reward.model import RewardModel, put_head
 from ..settings import read_json
 from ..sft.adapters import adapter_shapes, base_name, check_adapter, whole_folder
 from ..sft.lora import lora_config, matched
-from .rollout import Rollout, base_of, completion_hidden
+from .rollout import Rollout, arithmetic, base_of, completion_hidden
 
 # %% ../../nbs/05e_ppo.policy.ipynb #13da9c97
 class PolicyError(ValueError):
@@ -244,3 +244,26 @@ def reward_on_base(
         with answering(models.frozen, name): return own(prompts, completions)
     reward.__name__ = "reward_model"
     return reward
+
+# %% ../../nbs/05e_ppo.policy.ipynb #788bb178
+@contextmanager
+def narrowed(
+    models: Models,
+    autocast: str = "auto",  # as in `RolloutConfig`
+):  # number of matrices
+    "Hold frozen matrices in 16 bits, inside, where they are multiplied in 16 bits anyway."
+    inner, device = base_of(models.frozen), models.head.weight.device.type
+    with arithmetic(inner, autocast):
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if any(n.startswith("reward") for n in getattr(models.frozen, "peft_config", ())): low = None
+    ends = {id(p) for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) for p in m.parameters()}
+    weights = [m.weight for m in inner.modules() if low and type(m) is torch.nn.Linear and id(m.weight) not in ends]
+    weights = [w for w in weights if w.dtype == torch.float32 and not w.requires_grad]
+    wide = [w.data for w in weights]
+    try:
+        for w, whole in zip(weights, wide):
+            w.data = whole.to(low)
+            if device == "cpu": page_out(whole)
+        yield len(weights)
+    finally:
+        for w, whole in zip(weights, wide): w.data = whole

@@ -89,7 +89,7 @@ def train_ppo(
         engine = None if usual else make_engine(config.engine, models.policy, tokenizer, rollout)
         with open_log(settings, folder) as log:
             trainer = PPOTrainer(config, models, tokenizer, prompt_rows(rows), make_reward(reward, models), folder,
-                                 rollout, cost, log, make_guards(watch), engine, seed, quiet)
+                                 rollout, cost, log, make_guards(watch), watch.lr_factor, engine, seed, quiet)
             return models, trainer.train(resume)
 
 # %% ../../nbs/05i_ppo.task.ipynb #609b89fc

@@ -8,7 +8,7 @@ __all__ = ['PPOTrainer']
 # %% ../../nbs/05b_ppo.train.ipynb #95255577
 import math, time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from .checkpoints import best_step, checkpoints, forget, load_checkpoint, run_ke
 from .config import PPOConfig, PPOError
 from .control import AdaptiveKL, FixedKL, Lagrangian, Replay, too_far
 from .losses import masked_mean, penalize_unended, policy_loss, ppo_loss, value_loss, whiten
-from .policy import Models, save_policy, trained, values_of
+from .policy import Models, narrowed, save_policy, trained, values_of
 from .rollout import (RolloutConfig, arithmetic, base_of, by_length, encode_prompts, find_stops,
     no_dropout, sample, token_logprobs)
 from ..reward.combine import Checked
@@ -53,6 +53,7 @@ class PPOTrainer:
         cost: Callable | None = None,  # like a reward; together with config.cost_limit
         log: MetricsLog | None = None,  # metrics.jsonl in `folder` by default
         guards=(),  # from `make_guards`
+        lr_factor: float = 0.5,  # what their lower_lr multiplies both learning rates by
         engine=None,  # from `make_engine`; None: transformers
         seed: int = 42,
         quiet: bool = False,  # no progress bar
@@ -64,7 +65,7 @@ class PPOTrainer:
         self.check()
         self.log = log or MetricsLog(self.folder / "metrics.jsonl")
         self.prepare()
-        self.steer(guards)
+        self.steer(guards, lr_factor)
 
 # %% ../../nbs/05b_ppo.train.ipynb #bafee1cd
 @patch
@@ -95,7 +96,7 @@ def prepare(self: PPOTrainer):
 
 # %% ../../nbs/05b_ppo.train.ipynb #863afb6d
 @patch
-def steer(self: PPOTrainer, guards):
+def steer(self: PPOTrainer, guards, lr_factor: float):
     "What controls a run."
     c = self.config
     self.kl = AdaptiveKL(c.kl_coef, target=c.kl_target, horizon=c.kl_horizon) if c.kl_target else FixedKL(c.kl_coef)
@@ -103,9 +104,13 @@ def steer(self: PPOTrainer, guards):
         c.cost_limit, c.cost_init, c.cost_lr, c.cost_damping, c.cost_delay, lambda_max=c.cost_max)
     self.replay = Replay(c.replay_capacity, c.replay_max_age, c.replay_alpha) if c.replay else None
     self.counts = dict(done=0, tokens=0, skipped=0, in_a_row=0)
-    self.stopped, self.samples, self.spent, self.objectives = None, [], {}, []
+    self.stopped, self.identity, self.samples, self.spent, self.objectives = None, None, [], {}, []
     self.watch = Watch(self.log, guards, {Action.STOP: self.stop, Action.RAISE_BETA: lambda d: self.kl.scale(2.0),
-        Action.LOWER_LR: lambda d: scale_lr(self.optimizer, self.scheduler, 0.5)})
+        Action.LOWER_LR: lambda d: scale_lr(self.optimizer, self.scheduler, lr_factor)})
+    raising = [g.name for g in guards if g.action == Action.RAISE_BETA]
+    if raising and not self.kl.beta: raise PPOError(
+        f"guard {raising[0]!r} would raise the price of KL, and ppo.kl_coef = 0 stays 0. Set ppo.kl_coef, or give the "
+        "guard another action.")
 
 @patch
 def stop(self: PPOTrainer, decision: Decision):
@@ -279,7 +284,7 @@ def one_step(self: PPOTrainer) -> dict:
     rate = self.optimizer.param_groups[0]["lr"]
     found |= dict(kl_coef=self.kl.beta, learning_rate=rate, skipped_updates=n["skipped"])
     if self.price: found |= dict(lagrange=self.price.value, cost_limit=self.price.limit)
-    found |= dict(objective=found["reward"] - c.kl_coef * found["kl_per_completion"])
+    found |= dict(objective=found["reward"] - c.kl_coef * found["kl"] * found["completion_length"])
     self.kl.update(found["kl_per_completion"], c.batch_size)
     if self.price: self.price.update(found["cost"])
     if self.replay is not None: keep_for_replay(batch, self.replay, n["done"])
@@ -291,6 +296,11 @@ def one_step(self: PPOTrainer) -> dict:
 
 # %% ../../nbs/05b_ppo.train.ipynb #4f854d90
 @patch
+def norms(self: PPOTrainer) -> dict:
+    "Running normalisations inside the reward, by part: they go on where they were."
+    return getattr(self.reward.fn, "norms", {})
+
+@patch
 def state(self: PPOTrainer) -> dict:
     "What a checkpoint holds beside weights and optimizer; of all processes."
     found = dict(counts=self.counts, kl=self.kl.state_dict(), price=self.price and self.price.state_dict(),
@@ -298,6 +308,7 @@ def state(self: PPOTrainer) -> dict:
                  stopped=self.stopped, key=self.key(), processes=world_size())
     found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
     found["faults"] = gather_object([dict(self.reward.counts)])
+    found["norms"] = gather_object([{k: asdict(norm) for k, norm in self.norms().items()}])
     recent = list(zip(*self.objectives[-5:])) or [(None,)] * 2
     means = [None if None in x else sum(x) / len(x) for x in recent]
     limit = self.config.cost_limit
@@ -306,12 +317,15 @@ def state(self: PPOTrainer) -> dict:
 # %% ../../nbs/05b_ppo.train.ipynb #a208eea0
 @patch
 def key(self: PPOTrainer) -> str:
-    "What must be the same when a run goes on."
-    free = ("total_episodes", "save_steps", "save_total_limit", "log_samples")
-    start = sum(float(p.double().sum()) for n, p in self.models.frozen.named_parameters() if ".start." in n)
-    return run_key({k: v for k, v in asdict(self.config).items() if k not in free}, asdict(self.rollout), self.seed,
-                   [r["prompt"] for r in self.rows], world_size(), f"{start:.6g}",
-                   base_name(base_of(self.models.policy).name_or_path))
+    "What must be the same when a run goes on; read once, as long as the frozen weights are whole."
+    if self.identity: return self.identity
+    c, free = self.config, ("total_episodes", "save_steps", "save_total_limit", "log_samples")
+    start = sum(float(p.double().sum()) for n, p in self.models.frozen.named_parameters()
+                if ".start." in n or c.full and ".value." not in n)
+    self.identity = run_key({k: v for k, v in asdict(c).items() if k not in free}, asdict(self.rollout), self.seed,
+                            [r["prompt"] for r in self.rows], world_size(), f"{start:.6g}",
+                            base_name(base_of(self.models.policy).name_or_path))
+    return self.identity
 
 @patch
 def save(self: PPOTrainer):
@@ -340,6 +354,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     if self.price: self.price.load_state_dict(state["price"])
     if self.replay is not None: self.replay.load_state_dict(state["replay"][rank()])
     self.reward.counts.update(state["faults"][rank()])
+    for k, norm in state["norms"][rank()].items(): vars(self.norms()[k]).update(norm)
     self.scheduler.load_state_dict(state["scheduler"])
     self.log.rewind(self.counts["done"])
     return there[-1]
@@ -375,7 +390,7 @@ def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     resumed, c = self.resume() if resume else None, self.config
     if resumed is None: self.save()
     bar = tqdm(total=self.steps, initial=self.counts["done"], desc="PPO", disable=self.quiet or not is_main())
-    with bar:
+    with bar, nullcontext() if self.engine else narrowed(self.models, self.rollout.autocast):
         while self.counts["done"] < self.steps and not self.stopped:
             found = self.one_step()
             self.objectives.append([x if math.isfinite(x) else None for x in (found["objective"], found["cost"])])
