@@ -120,7 +120,7 @@ def ppo_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
 {%- if r.resumed_from is not none %}; resumed from step {{ r.resumed_from }}{% endif %}. The weights are those of
 step {{ r.restored_to }}
 {%- if r.stopped %}: guard {{ r.stopped.guard }} stopped the run at step {{ r.stopped.step }}{% endif %}.
-On {{ r.heldout.before.n }} prompts of templates that training never saw, the reward that a rule can check rose by
+On {{ r.heldout.before.n }} prompts of templates that training never saw, the reward that a rule can check changed by
 <b>{{ "%+.3f"|format(r.heldout.gain) }}</b> (standard error {{ "%.3f"|format(r.heldout.gain_error) }}, paired).</p>
 {{ table(["on held-out prompts", "before", "after"], rows) }}
 <h3>Answers, before and after</h3>{{ table(["question", "before [reward]", "after [reward]"], answers, wide=True) }}""",

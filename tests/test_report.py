@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from deepseek_cookbook.ppo.principles import COLUMNS
 from deepseek_cookbook.report import (
     SECTION_OF,
     ReportError,
@@ -35,6 +36,9 @@ def made(name, result, **settings):
 
 
 def all_records():
+    share = dict(value=0.5, low=0.2, high=0.8)
+    side = dict(reward=0.2, error=0.01, n=8, polite=0.5, completion_length=9.0, distinct=1.0, kl=0.1)
+    told = [dict(question=EVIL, before=EVIL, after=EVIL, before_score=0.1, after_score=0.9) for _ in range(2)]
     answers = [dict(question=EVIL, reference=EVIL, before=EVIL, after=EVIL) for _ in range(8)]
     return {
         "data": made("data", dict(source=EVIL, read=10, train=6, validation=2, rejected={EVIL: 1, "exact_copy": 1},
@@ -49,6 +53,13 @@ def all_records():
                   dict(name=f"accuracy: {EVIL}", value=None, n=0, low=None, high=None, limit="", passed=None)],
             calibration=dict(error=0.1, temperature=1.0, bins=[
                 dict(claimed=0.7, observed=0.6, low=0.4, high=0.8, n=4)]))),
+        "ppo": made("ppo", dict(
+            steps=4, completion_tokens=99, samples_per_second=1.5, resumed_from=EVIL, restored_to=3,
+            stopped=dict(guard=EVIL, step=4, since=3),
+            heldout=dict(before=side, after=side | dict(reward=0.4), gain=-0.2, gain_error=0.05, answers=told)),
+            ppo={"engine": EVIL}),
+        "constitution": made("constitution", dict(judge=EVIL, measured=[
+            dict(stage=stage, **(dict.fromkeys(COLUMNS, share) | dict(toxicity=None))) for stage in ("start", EVIL)])),
         "evaluate": made("evaluate", dict(before=dict(loss=3.0, perplexity=20.1), after=dict(loss=2.0, perplexity=7.4),
                                           fall=1 / 3, fall_interval=[0.3, 0.36], records=2, tokens=40, cut=1,
                                           answers=answers)),
@@ -64,6 +75,8 @@ def run(tmp_path):
     rows = [dict(step=i, loss=3.0 - i / 10, grad_norm=1.0, learning_rate=1e-3, eval_loss=3.0) for i in range(1, 11)]
     event = dict(step=5, event=EVIL, guard=EVIL, message=EVIL, action="note", value=1.0)
     write_jsonl(run.phase("sft") / "metrics.jsonl", [*rows, event])
+    rows = [dict(step=i, reward=0.1 * i, kl=0.01 * i, entropy=2.0, objective=0.1 * i) for i in range(1, 5)]
+    write_jsonl(run.phase("ppo") / "metrics.jsonl", [*rows, event])
     return run
 
 
@@ -105,8 +118,8 @@ def test_no_text_becomes_markup(run, settings):
     page = Page(text)
     assert "script" not in page.tags and "onerror" not in [name for _, name, _ in page.attributes]
     assert "{{" not in html.unescape(text).replace(EVIL, "") and "{%" not in html.unescape(text).replace(EVIL, "")
-    assert "".join(page.texts).count(EVIL) >= 8 * 4 + 5, (
-        "answers, source, reason, model, processor, settings: all shown"
+    assert "".join(page.texts).count(EVIL) >= 8 * 4 + 5 + 2 * 3 + 5, (
+        "answers, source, reason, model, processor, settings, guards, judge, stages: all shown"
     )
 
 
@@ -139,10 +152,10 @@ def test_every_picture_says_what_it_shows(run, settings):
 
 NAMES = [name for name in SECTION_OF if name in all_records()]
 HEADINGS = {"data": "Data", "sft": "Supervised fine-tuning", "reward": "Reward model and gate",
-            "evaluate": "Before and after"}  # fmt: skip
+            "ppo": "PPO", "constitution": "Constitution", "evaluate": "Before and after"}  # fmt: skip
 
 
-@pytest.mark.parametrize("present", [["data"], ["sft"], ["evaluate"], ["data", "evaluate"], ["data", "sft"], NAMES])
+@pytest.mark.parametrize("present", [[name] for name in NAMES] + [["data", "evaluate"], ["data", "sft"], NAMES])
 def test_only_phases_that_ran_are_shown(run, settings, present):
     records = {name: record for name, record in all_records().items() if name in present}
     headings = Page(report_html(records, settings, run)).headings
@@ -150,6 +163,7 @@ def test_only_phases_that_ran_are_shown(run, settings, present):
     shown = dict(figures(records))
     assert ("fall of the loss" in shown) == ("evaluate" in present)
     assert ("tokens a second in SFT" in shown) == ("sft" in present)
+    assert ("reward of the policy after" in shown) == ("ppo" in present)
     for name in set(NAMES) - set(present):
         (run.root / name / "result.json").unlink()
     report_phase(settings, run)
@@ -173,8 +187,14 @@ def test_a_run_without_evaluation_or_speed(run, settings):
     assert "tokens a second in SFT" not in dict(figures(records))
 
 
+def test_a_policy_that_got_worse_is_not_said_to_have_risen(run, settings):
+    text = "".join(Page(report_html(all_records(), settings, run)).texts)
+    assert "-0.200" in text and "rose" not in text
+
+
 def test_a_run_that_logged_nothing_still_has_a_page(run, settings):
-    (run.root / "sft" / "metrics.jsonl").write_text("")
+    for name in ("sft", "ppo"):
+        (run.root / name / "metrics.jsonl").write_text("")
     assert "Supervised fine-tuning" in report_html(all_records(), settings, run)
 
 
