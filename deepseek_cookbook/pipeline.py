@@ -64,7 +64,8 @@ def phase_key(phase: Phase, settings: Settings, run: RunFolder) -> str:
     for name in phase.after:
         files = ("result.json", *by_name[name].files)
         parts += [file_digest(run.root / name / f) for f in files if f != "metrics.jsonl"]
-    if "data" in phase.sections: parts.append(file_digest(Path(settings["data"].get("source", ""))))
+    named = {"data": "source", "constitution": "file"}  # settings that may be files of the user's
+    parts += [file_digest(Path(settings[s].get(k) or "")) for s, k in named.items() if s in phase.sections]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 # %% ../nbs/10_pipeline.ipynb #fef8d5e5

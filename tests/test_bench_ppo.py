@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_cookbook.ppo import batch, train
+
 BENCH = Path(__file__).parent.parent / "scripts" / "bench"
 
 
@@ -101,11 +103,12 @@ def test_the_plan_has_as_many_prompts_as_the_updates_need():
 
 def test_our_contenders_run_as_toys(tmp_path):
     args = ppo.arguments("--updates 2 --batch 2 --micro 2 --new-tokens 4 --upper 1 --only ours".split())
-    plan = ppo.make_plan(args)
+    plan, plain = ppo.make_plan(args), (batch.score, train.sample, train.PPOTrainer.one_step)
     whole, upper = (ppo.run_ours(plan, name, str(tmp_path / name)) for name in ("ours", "ours, upper"))
     assert whole["samples"] == 2 and whole["tokens"] == 8  # nobody stops early
     assert whole["trained"] > upper["trained"] > 0
     assert whole["cpu"]["generation"] > 0 and upper["cpu"]["lower"] > 0
+    assert (batch.score, train.sample, train.PPOTrainer.one_step) == plain  # the clock is gone
 
 
 def test_both_sides_have_the_same_reward_model():

@@ -130,3 +130,13 @@ def test_sft_lowers_the_held_out_loss_of_the_real_model(tmp_path):
     result = records["evaluate"]["result"]
     assert result["fall"] > 0.10, result
     assert max(r["peak_memory_gib"] for r in records.values()) < 6
+
+
+def test_a_constitution_that_was_edited_is_another_one(tmp_path):
+    file = tmp_path / "mine.yml"
+    phase = next(p for p in PHASES if p.name == "constitution")
+    keys = []
+    for text in ("principles: []", "principles: [x]"):
+        file.write_text(text)
+        keys.append(phase_key(phase, load_settings("tiny", [f"constitution.file={file}"]), RunFolder(tmp_path)))
+    assert keys[0] != keys[1]

@@ -29,7 +29,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRL = "trl==1.12.0"
@@ -68,10 +70,17 @@ def peak_gib() -> float:
 
 
 class Clock:
-    "Wall and CPU seconds by part; `mark` says where an update begins."
+    "Wall and CPU seconds by part; `marks` says where updates begin. After its block the functions are plain again."
 
     def __init__(self):
         self.parts, self.marks, self.tokens, self.end = defaultdict(lambda: [0.0, 0.0]), [], 0, None
+        self.undo = ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.undo.close()
 
     def now(self):
         return dict(wall=time.perf_counter(), cpu=time.process_time(), tokens=self.tokens,
@@ -94,7 +103,7 @@ class Clock:
             self.end = self.now()
             return out
 
-        setattr(owner, name, timed)
+        self.undo.enter_context(patch.object(owner, name, timed))
 
     def result(self, batch: int, warm: int = 1) -> dict:
         "What all updates but the first `warm` took, up to the end of the last function with a clock on it."
@@ -218,7 +227,7 @@ def run_trl(plan: dict, kind: str, folder: str) -> dict:
                tokens=lambda out, policy, queries, *rest: out[0][:, queries.shape[1]:].numel())
     clock.wrap(module, "forward", lambda *a, **k: None if torch.is_grad_enabled() else "reference")
     clock.wrap(module, "get_reward", lambda m, *a: "reward" if m is trainer.reward_model else "values")
-    with torch.autocast("cpu", fast or torch.bfloat16, enabled=fast is not None):
+    with clock, torch.autocast("cpu", fast or torch.bfloat16, enabled=fast is not None):
         trainer.train()
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return clock.result(batch) | dict(peak=peak_gib(), imports=imports, trained=trained)
@@ -254,13 +263,14 @@ def run_ours(plan: dict, kind: str, folder: str) -> dict:
         layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
         return "old" if "policy" in layer.active_adapters else "reference"
 
-    clock.wrap(module.PPOTrainer, "one_step", begins=True)
-    clock.wrap(module, "sample", "generation", tokens=lambda out, *a: int(out.lengths_B.sum()))
-    clock.wrap(module, "scored", "reward")
-    clock.wrap(looks, "score", whose)
-    clock.wrap(looks, "keep_lower", "lower")
-    clock.wrap(looks, "values_of", "values")
-    trainer.train(resume=False)
+    with clock:
+        clock.wrap(module.PPOTrainer, "one_step", begins=True)
+        clock.wrap(module, "sample", "generation", tokens=lambda out, *a: int(out.lengths_B.sum()))
+        clock.wrap(module, "scored", "reward")
+        clock.wrap(looks, "score", whose)
+        clock.wrap(looks, "keep_lower", "lower")
+        clock.wrap(looks, "values_of", "values")
+        trainer.train(resume=False)
     return clock.result(plan["batch"]) | dict(peak=peak_gib(), imports=imports,
                                               trained=sum(p.numel() for g in trainer.groups for p in g))
 
