@@ -25,8 +25,9 @@ READY  := .venv/.installed
 cook: $(READY)
 	@$(BIN)/deepseek-cookbook cook --profile $(PROFILE) $(SET)
 
+# The tests of a file share its fixtures, so they stay in one worker.
 test: $(READY)
-	@$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(READY)
 	@$(BIN)/python scripts/build_docs.py

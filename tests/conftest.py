@@ -34,13 +34,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "network: may connect to other machines")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items):
-    "Two workers (`pytest -n 2 --dist loadgroup`): the tests of a file share its fixtures and stay together."
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def no_network(request, monkeypatch):
     "Block the network for a test and for the processes that it starts, unless it is marked `network`."

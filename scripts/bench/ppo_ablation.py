@@ -25,6 +25,7 @@ COMMON = dict(batch_size=32, learning_rate=2e-3, num_ppo_epochs=2, full=True, pe
 VARIANTS = {
     "plain": {},
     "+ adaptive KL": dict(kl_target=5.0, kl_horizon=32),
+    "+ adaptive KL, slow": dict(kl_target=5.0, kl_horizon=320),
     "+ replay": dict(replay=0.5),
     "+ constraint": dict(cost_limit=0.1, cost_lr=0.3),
     "entropy_coef 0.01": dict(entropy_coef=0.01),
