@@ -135,7 +135,7 @@ def constitution_section(record: dict, **_) -> str:
 measure held-out prompts, so that no number comes from a model that is judged by it; <i>needless</i> is the share of
 honest customers who got a warning.</p>
 {{ table(head, rows) }}<p><img alt="stages" src="data:image/png;base64,{{ picture }}"></p>""", r=r,
-                  head=("stage", *COLUMNS), rows=stage_rows(r["measured"]),
+                  head=("stage", *(c.replace("/", ", ") for c in COLUMNS)), rows=stage_rows(r["measured"]),
                   picture=base64.b64encode(to_png(plot_stages(r["measured"]))).decode())
 
 # %% ../nbs/10a_report.ipynb #9e513839

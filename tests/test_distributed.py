@@ -116,6 +116,16 @@ def test_one_process_out_of_memory_ends_both_with_its_message(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="thread names are read from /proc")
+def test_leaving_ends_the_threads_of_the_connection(tmp_path):
+    "A gloo thread that outlives Python aborts a process whose work was done."
+    done = subprocess.run([*LAUNCH, SCRIPT, tmp_path, "leave"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for number in (0, 1):
+        during, after = json.loads((tmp_path / f"rank-{number}.json").read_text())
+        assert "pt_gloo_runloop" in during and "pt_gloo_runloop" not in after
+
+
 def test_the_phase_in_two_processes_has_one_result(two):
     "What `deepseek-cookbook sft` does under torchrun: data first, one result; the second call finds it finished."
     outs = [json.loads((two / f"rank-{r}.json").read_text()) for r in (0, 1)]

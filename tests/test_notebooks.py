@@ -12,6 +12,8 @@ from forked_notebooks import run_notebooks
 
 NOTEBOOKS = check.find_notebooks()
 IDS = [path.stem for path in NOTEBOOKS]
+OWN = {"_quarto.yml", "styles.css", "tutorials"}  # what nbs/ holds beside notebooks; a run must add nothing to it
+GENERATED = {"nbdev.yml", "sidebar.yml", "__pycache__", ".ipynb_checkpoints"}  # by nbdev, Python and Jupyter
 SECONDS = 60  # budget of a notebook in the tiny profile on two cores
 
 TITLE = "# A title\n> A subtitle.\n\n> 中文摘要：一。二。三。"
@@ -210,13 +212,10 @@ def test_a_failing_notebook_stays_as_it_was(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def runs(root):
     "All notebooks executed in the tiny profile, two at a time unless this is one of two workers; and what they left."
-    before = set((root / "nbs").rglob("*"))
     workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     results = dict(zip(IDS, run_notebooks(NOTEBOOKS, "tiny", workers), strict=True))
-    after = {
-        p for p in (root / "nbs").rglob("*") if ".ipynb_checkpoints" not in p.parts and "__pycache__" not in p.parts
-    }
-    return results, sorted(p.relative_to(root).as_posix() for p in after - before if p.suffix != ".ipynb")
+    found = [p.relative_to(root / "nbs") for p in (root / "nbs").rglob("*") if p.suffix != ".ipynb"]
+    return results, sorted(str(p) for p in found if p.name not in OWN and not GENERATED & set(p.parts))
 
 
 @pytest.mark.timeout(900)

@@ -1,9 +1,10 @@
 """Started by torchrun from test_distributed.py: `train_sft` in each process, and FSDP2 by plain torch.
 
-    torchrun --standalone --nproc_per_node=2 tests/two_processes.py FOLDER train|fail
+    torchrun --standalone --nproc_per_node=2 tests/two_processes.py FOLDER train|fail|leave
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from deepseek_cookbook import cli
 from deepseek_cookbook.models import load_model
 from deepseek_cookbook.settings import load_settings
 from deepseek_cookbook.sft import train
-from deepseek_cookbook.sft.distributed import TeamError, is_main, leave, on_main, rank, world_size
+from deepseek_cookbook.sft.distributed import TeamError, is_main, join, leave, on_main, rank, world_size
 
 QUIET = ["sft.disable_tqdm=true", "sft.bf16=false"]
 RECORDS = [
@@ -102,6 +103,18 @@ class Full(TrainerCallback):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def threads():
+    "Names of this process's threads."
+    return [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+
+
+def hold():
+    "A cycle that holds the connection, as a trainer does; nothing else holds the cycle."
+    held = [torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))]
+    held.append(held)
+    return threads()
+
+
 if __name__ == "__main__":
     folder, what = Path(sys.argv[1]), sys.argv[2]
     if what == "fail":
@@ -112,6 +125,13 @@ if __name__ == "__main__":
         except Exception as e:
             (folder / f"rank-{rank()}.txt").write_text(f"{type(e).__name__}: {e}")
             raise
+    elif what == "leave":
+        join()
+        during = hold()
+        leave()
+        (folder / f"rank-{rank()}.json").write_text(json.dumps([during, threads()]))
     else:
         run(folder)
-    leave()
+        leave()
+        sys.stdout.flush()
+        os._exit(0)  # FSDP2's mesh holds gloo's threads, and they may abort Python at its end: pytorch issue 190489

@@ -6,7 +6,7 @@
 __all__ = ['rank', 'world_size', 'is_main', 'join', 'leave', 'TeamError', 'on_main', 'one_failure']
 
 # %% ../../nbs/03g_sft.distributed.ipynb #b747b2ee
-import os
+import gc, os
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -36,9 +36,10 @@ def join():
     PartialState(cpu=on_cpu)
 
 def leave():
-    "Wait for all, then close the connection."
+    "Wait for all, then close the connection and end its threads."
     if not dist.is_initialized(): return
     dist.barrier()
+    gc.collect()  # a trainer is a cycle that holds the connection, whose threads must end before Python does
     dist.destroy_process_group()
 
 # %% ../../nbs/03g_sft.distributed.ipynb #8a56a4ce
