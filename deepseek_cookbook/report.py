@@ -147,7 +147,7 @@ def evaluate_section(record: dict, **_) -> str:
     low, high = (f"{end:.1%}" for end in r["fall_interval"])
     return render("""<h2>Before and after</h2><p>Held-out loss on {{ r.records }} records ({{ r.tokens }} answer tokens
 {%- if r.cut %}, {{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }}
-(paired bootstrap over records). The best checkpoint was chosen on these same records, which flatters the
+(paired bootstrap over questions). The best checkpoint was chosen on these same records, which flatters the
 number a little.</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
 <h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not
 truer: read them.</p>{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""",

@@ -179,6 +179,28 @@ def test_the_interval_covers_the_true_fall():
     assert 0.90 <= covered / 200 <= 0.99
 
 
+def test_records_of_one_question_are_one_piece_of_evidence():
+    """Thirty answers to a question that was not learnt: an interval over records promises too much."""
+    rng, covered = np.random.default_rng(6), dict.fromkeys(("records", "questions"), 0)
+    for i in range(200):
+        sizes = rng.choice([1, 1, 1, 2, 10], 60)  # answers of each question
+        units = np.repeat(np.arange(60), sizes)
+        before = rng.lognormal(0.8, 0.3, len(units))
+        after = before * (0.8 + rng.normal(0, 0.25, 60))[units]  # a question is learnt or not, with all its answers
+        for name, own in dict(records=None, questions=units).items():
+            _, low, high = relative_fall(before, after, np.ones(len(units)), own, draws=300, seed=i)
+            covered[name] += low <= 0.2 <= high
+    assert covered["questions"] / 200 >= 0.88 and covered["records"] / 200 <= 0.75
+
+
+def test_units_that_are_single_change_nothing():
+    before, after, count = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.5, 4.0]), np.ones(3)
+    assert relative_fall(before, after, count, ["a", "b", "c"]) == relative_fall(before, after, count)
+    assert relative_fall(before, after, count, ["a", "a", "a"])[1:] == pytest.approx([1 / 7, 1 / 7])
+    with pytest.raises(EvaluateError, match="2 units of 3 records"):
+        relative_fall(before, after, count, ["a", "b"])
+
+
 @examples(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.floats(0.1, 50), st.floats(0.1, 50)), min_size=1, max_size=30))
 def test_the_fall_lies_in_its_interval_and_is_paired(pairs):

@@ -231,10 +231,11 @@ def test_adapters_in_the_upper_layers_only(tmp_path):
 @pytest.mark.parametrize("name, loss", [("tiny-llama", "bradley_terry"), ("tiny-qwen2", "triplet"),
                                         ("tiny-deepseek-v3", "multi_head")])
 def test_trained_saved_and_loaded_is_one_function(tmp_path, name, loss):
-    chosen = settings(f"model.name={name}", f"reward_model.loss={loss}")
+    chosen = settings(f"model.name={name}", f"reward_model.loss={loss}", "reward_model.attention=eager")
     reward, figures = train_reward(chosen, TRAIN[12:], TRAIN[:12], tmp_path)
     asked = [p["prompt"] for p in HELDOUT[:3]], [p["chosen"] for p in HELDOUT[:3]]
     loaded = load_reward(tmp_path, device="cpu")
+    assert [r.model.config._attn_implementation for r in (reward, loaded)] == ["eager", "sdpa"]
     assert loaded(*asked) == pytest.approx(reward(*asked), abs=1e-4)
     assert figures["steps"] == 6 and figures["loss"] == loss and figures["cut"] == 0
     same_scores(loaded)

@@ -56,8 +56,9 @@ def test_only_the_answers_are_in_the_loss(tmp_path):
     assert "answer." in text and "question" not in text and text.endswith("<|im_end|>")
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2"])
-def test_rows_end_to_end_have_the_loss_of_padded_rows(tmp_path, name):
+def test_rows_end_to_end_have_the_loss_of_padded_rows(tmp_path, name, attention):
     """Padding-free batches: no row sees another, and no pad is counted."""
     from deepseek_cookbook.sft.train import make_trainer
 
@@ -65,13 +66,24 @@ def test_rows_end_to_end_have_the_loss_of_padded_rows(tmp_path, name):
     for free in ("true", "false"):
         chosen = settings(f"sft.padding_free={free}", "sft.max_length=none", "sft.bf16=false", "lora.lora_dropout=0")
         torch.manual_seed(0)
-        trainer = make_trainer(chosen, RECORDS[-12:], RECORDS[-12:], tmp_path, load_model(name), load_tokenizer(name))
+        model = load_model(name, attention=attention)
+        trainer = make_trainer(chosen, RECORDS[-12:], RECORDS[-12:], tmp_path, model, load_tokenizer(name))
         batch = next(iter(trainer.get_eval_dataloader()))
         trainer.model.eval()
         with torch.no_grad():
             loss[free] = trainer.compute_loss(trainer.model, dict(batch)).item()
         assert batch["input_ids"].shape[0] == (1 if free == "true" else 12)
     assert abs(loss["true"] - loss["false"]) < 1e-5
+
+
+def test_the_kernel_of_training_is_its_own(tmp_path):
+    chosen = settings("sft.max_steps=1", "sft.eval_strategy=no", "sft.load_best_model_at_end=false", "sft.bf16=false")
+    kernels = {}
+    for attention in ("eager", None):
+        own = train_keys(chosen, attention=attention)
+        kernels[attention], _ = train_sft(own, RECORDS, RECORDS[:4], tmp_path / str(attention))
+    assert {k: m.config._attn_implementation for k, m in kernels.items()} == {"eager": "eager", None: "sdpa"}
+    assert load_settings("laptop").build("train").attention == "eager"
 
 
 def test_settings_win_over_the_machine(tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['EvaluateConfig', 'EvaluateError', 'encode', 'token_batches', 'batch_
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #1c99eb3d
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -100,11 +101,16 @@ def relative_fall(
     before: np.ndarray,  # (N,) nats of each record
     after: np.ndarray,  # (N,) of the same records
     count: np.ndarray,  # (N,) tokens of each record
+    units: Sequence | None = None,  # (N,) records of one unit are drawn together; each its own by default
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:  # fall of the loss as a share, and the ends of its 95 % interval
     "How much the loss fell, with a paired bootstrap interval."
-    picks = np.random.default_rng(seed).integers(0, len(count), (draws, len(count)))
+    if units is not None:
+        if len(units) != len(before): raise EvaluateError(f"{len(units)} units of {len(before)} records: give each one")
+        place = np.unique(np.asarray(units), return_inverse=True)[1]
+        before, after = np.bincount(place, before), np.bincount(place, after)
+    picks = np.random.default_rng(seed).integers(0, len(before), (draws, len(before)))
     falls = 1 - after[picks].sum(1) / before[picks].sum(1)
     return float(1 - after.sum() / before.sum()), *map(float, np.quantile(falls, [0.025, 0.975]))
 
@@ -137,7 +143,8 @@ def compare(
 ) -> dict:  # losses, perplexities, relative fall with interval, and answers side by side
     "Measure a model with its adapter off and on."
     out, nll, first = {}, {}, {}
-    for r in records: first.setdefault(to_messages(r)[-2]["content"], r)  # a question with many answers is asked once
+    asked = [to_messages(r)[-2]["content"] for r in records]
+    for question, r in zip(asked, records): first.setdefault(question, r)  # one with many answers is asked once
     shown = list(first.values())[:config.samples]
     for name, adapter in (("before", model.disable_adapter), ("after", nullcontext)):
         with adapter():
@@ -145,9 +152,9 @@ def compare(
             loss = nll[name].sum() / count.sum()
             out[name] = dict(loss=round(float(loss), 4), perplexity=round(math.exp(min(loss, 700)), 2))
             out[f"answers_{name}"] = answer(model, tokenizer, shown, config)
-    fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], count))
-    table = [dict(question=to_messages(r)[-2]["content"], reference=r["output"], before=b, after=a)
-             for r, b, a in zip(shown, out.pop("answers_before"), out.pop("answers_after"))]
+    fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], count, asked))
+    table = [dict(question=question, reference=r["output"], before=b, after=a) for question, r, b, a in
+             zip(first, shown, out.pop("answers_before"), out.pop("answers_after"))]
     return out | dict(fall=fall, fall_interval=[low, high], records=len(records), tokens=int(count.sum()), cut=cut,
                       answers=table)
 

@@ -4,6 +4,7 @@
 
 Each contender runs in a process of its own, in turns (ours, bare, bare, ours), so that neither meets a warmer machine.
 tokens/s counts the tokens of the rows, not the padding, over the wall time of trainer.train() without evaluation.
+"ours" takes the attention kernel of [train]; "ours, model's kernel" and all bare ones take that of [model].
 "bare" is TRL's SFTTrainer with the same arguments, but padded batches as it makes them by default; the other
 bare ones change one thing: rows end to end, rows of like length together, gradient checkpointing as TRL has it.
 """
@@ -20,7 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-CONTENDERS = ("ours", "bare", "bare, padding-free", "bare, grouped by length", "bare, TRL defaults")
+CONTENDERS = (
+    "ours", "ours, model's kernel", "bare", "bare, padding-free", "bare, grouped by length", "bare, TRL defaults",
+)  # fmt: skip
 
 
 def records(settings):
@@ -50,8 +53,10 @@ def contender(name: str, settings, folder: str) -> dict:
 
     train, validation = records(settings)
     transformers.set_seed(settings.build("run").seed)
-    model, tokenizer = load_model(**settings["model"]), load_tokenizer(settings["model"]["name"])
-    if name == "ours":
+    own = settings.build("train").attention if name == "ours" else None
+    model = load_model(**settings["model"] | (dict(attention=own) if own else {}))
+    tokenizer = load_tokenizer(settings["model"]["name"])
+    if name.startswith("ours"):
         from deepseek_cookbook.monitor import MetricsLog, MonitorCallback, make_guards
 
         monitor = MonitorCallback(MetricsLog(Path(folder) / "metrics.jsonl"), make_guards(settings.build("monitor")))
@@ -88,7 +93,7 @@ def main():
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="of all contenders, every second one backwards")
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as sft.bf16=false")
-    parser.add_argument("--only", nargs="*", default=CONTENDERS[:3])
+    parser.add_argument("--only", nargs="*", default=CONTENDERS[:4])
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
