@@ -21,14 +21,16 @@ from deepseek_cookbook.train_rl import make_parser
 SCRIPT = Path(two_processes.__file__)
 ROOT = SCRIPT.parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+              "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
 TRAINED = 1e-5  # adapter weights after 12 steps at learning rate 1e-2; measured 5e-7
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
+@pytest.fixture(scope="module", params=[LAUNCH, ACCELERATE], ids=["torchrun", "accelerate"])
+def two(request, tmp_path_factory):
     "What two processes left: straight run, resumed run, FSDP2."
     folder = tmp_path_factory.mktemp("two")
-    done = subprocess.run([*LAUNCH, SCRIPT, folder, "train"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*request.param, SCRIPT, folder, "train"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
