@@ -584,6 +584,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'deepseek_cookbook/evaluate/metrics.py'),
                                                     'deepseek_cookbook.evaluate.metrics.evaluate_phase': ( 'evaluate.metrics.html#evaluate_phase',
                                                                                                            'deepseek_cookbook/evaluate/metrics.py'),
+                                                    'deepseek_cookbook.evaluate.metrics.heaviest': ( 'evaluate.metrics.html#heaviest',
+                                                                                                     'deepseek_cookbook/evaluate/metrics.py'),
                                                     'deepseek_cookbook.evaluate.metrics.relative_fall': ( 'evaluate.metrics.html#relative_fall',
                                                                                                           'deepseek_cookbook/evaluate/metrics.py'),
                                                     'deepseek_cookbook.evaluate.metrics.token_batches': ( 'evaluate.metrics.html#token_batches',

@@ -145,13 +145,18 @@ def evaluate_section(record: dict, **_) -> str:
     rows = [(name, r[name]["loss"], r[name]["perplexity"]) for name in ("before", "after")]
     answers = [(a["question"], a["reference"], a["before"], a["after"]) for a in r["answers"]]
     low, high = (f"{end:.1%}" for end in r["fall_interval"])
+    one = r.get("heaviest", dict(share=0))
+    told = one["share"] > 0.1 and one["fall_without"] is not None
     return render("""<h2>Before and after</h2><p>Held-out loss on {{ r.records }} records ({{ r.tokens }} answer tokens
 {%- if r.cut %}, {{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }}
-(paired bootstrap over questions). The best checkpoint was chosen on these same records, which flatters the
-number a little.</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
+(paired bootstrap over questions).
+{%- if one %} One question has {{ one.share }} of the answer tokens, <q>{{ one.unit }}</q> ({{ one.records }} records):
+on the others, the loss fell by {{ one.without }}.{% endif %} The best checkpoint was chosen on these same records,
+which flatters the number a little.</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
 <h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not
 truer: read them.</p>{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""",
-                  r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high)
+                  r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high,
+                  one=dict(one, share=f"{one['share']:.0%}", without=f"{one['fall_without']:.1%}") if told else None)
 
 # %% ../nbs/10a_report.ipynb #b08a42c0
 SECTION_OF = {"data": data_section, "sft": sft_section, "reward": reward_section, "ppo": ppo_section,

@@ -23,6 +23,7 @@ from deepseek_cookbook.evaluate.metrics import (
     compare,
     encode,
     evaluate_phase,
+    heaviest,
     relative_fall,
     token_batches,
 )
@@ -191,6 +192,13 @@ def test_records_of_one_question_are_one_piece_of_evidence():
             _, low, high = relative_fall(before, after, np.ones(len(units)), own, draws=300, seed=i)
             covered[name] += low <= 0.2 <= high
     assert covered["questions"] / 200 >= 0.88 and covered["records"] / 200 <= 0.75
+
+
+def test_the_heaviest_unit_is_named():
+    before, after, count = np.array([9.0, 9, 2, 2]), np.array([9.0, 9, 1, 1]), np.array([3, 3, 1, 1])
+    found = heaviest(before, after, count, ["j", "j", "a", "b"])
+    assert found == dict(unit="j", records=2, share=0.75, fall_without=0.5)
+    assert heaviest(before, after, count, ["j"] * 4)["fall_without"] is None
 
 
 def test_units_that_are_single_change_nothing():

@@ -61,7 +61,9 @@ def all_records():
         "constitution": made("constitution", dict(judge=EVIL, measured=[
             dict(stage=stage, **(dict.fromkeys(COLUMNS, share) | dict(toxicity=None))) for stage in ("start", EVIL)])),
         "evaluate": made("evaluate", dict(before=dict(loss=3.0, perplexity=20.1), after=dict(loss=2.0, perplexity=7.4),
-                                          fall=1 / 3, fall_interval=[0.3, 0.36], records=2, tokens=40, cut=1,
+                                          fall=1 / 3, fall_interval=[0.3, 0.36], records=2,
+                                          heaviest=dict(unit=EVIL, records=3, share=0.4, fall_without=0.625),
+                                          tokens=40, cut=1,
                                           answers=answers)),
     }  # fmt: skip
 
@@ -185,6 +187,19 @@ def test_a_run_without_evaluation_or_speed(run, settings):
     text = report_html(records, settings, run)
     assert "None" not in "".join(Page(text).texts) and "? tokens/s" in text
     assert "tokens a second in SFT" not in dict(figures(records))
+
+
+@pytest.mark.parametrize("change, told", [
+    ({}, True), (dict(share=0.05), False), (dict(fall_without=None), False), (None, False)])  # None: an older result
+def test_a_question_that_outweighs_the_others_is_named(run, settings, change, told):
+    records = all_records()
+    result = records["evaluate"]["result"]
+    if change is None:
+        del result["heaviest"]
+    else:
+        result["heaviest"] |= change
+    text = "".join(Page(report_html(records, settings, run)).texts)
+    assert ("the others, the loss fell by 62.5%" in " ".join(text.split())) is told and "None" not in text
 
 
 def test_a_policy_that_got_worse_is_not_said_to_have_risen(run, settings):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'EvaluateError', 'encode', 'token_batches', 'batch_nll', 'answer_nll', 'relative_fall', 'answer',
-           'compare', 'evaluate_phase']
+           'heaviest', 'compare', 'evaluate_phase']
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #1c99eb3d
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -134,6 +135,21 @@ def answer(
                          pad_token_id=tokenizer.pad_token_id)
     return [t.strip() for t in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)]
 
+# %% ../../nbs/07_evaluate.metrics.ipynb #fc13d5df
+def heaviest(
+    before: np.ndarray,  # (N,) nats of each record
+    after: np.ndarray,  # (N,)
+    count: np.ndarray,  # (N,) tokens of each record
+    units: Sequence,  # (N,)
+) -> dict:  # unit; its records; share of all tokens; fall_without: None where nothing else is left
+    "The unit with the most tokens, and the fall of the loss without it."
+    tokens = Counter()
+    for unit, n in zip(units, count, strict=True): tokens[unit] += int(n)
+    unit, most = tokens.most_common(1)[0]
+    rest = np.array([u != unit for u in units])
+    without = round(float(1 - after[rest].sum() / before[rest].sum()), 4) if rest.any() else None
+    return dict(unit=unit, records=int((~rest).sum()), share=round(most / int(sum(count)), 4), fall_without=without)
+
 # %% ../../nbs/07_evaluate.metrics.ipynb #125346e4
 def compare(
     model,  # a PEFT model
@@ -155,8 +171,9 @@ def compare(
     fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], count, asked))
     table = [dict(question=question, reference=r["output"], before=b, after=a) for question, r, b, a in
              zip(first, shown, out.pop("answers_before"), out.pop("answers_after"))]
-    return out | dict(fall=fall, fall_interval=[low, high], records=len(records), tokens=int(count.sum()), cut=cut,
-                      answers=table)
+    one = heaviest(nll["before"], nll["after"], count, asked)
+    return out | dict(fall=fall, fall_interval=[low, high], heaviest=one, records=len(records),
+                      tokens=int(count.sum()), cut=cut, answers=table)
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #1e6b6fc0
 def evaluate_phase(
