@@ -147,6 +147,9 @@ def test_attention_kernel(monkeypatch):
     assert attention_kernel("auto", "cuda", torch.bfloat16) == "flash_attention_2"
     assert attention_kernel("auto", "cpu", torch.bfloat16) == "sdpa"
     assert attention_kernel("eager") == "eager"
+    for call in (lambda: attention_kernel("egar"), lambda: load_model("tiny-llama", attention="egar")):
+        with pytest.raises(ModelError, match="attention = 'egar': choose one of auto, eager.*sdpa"):
+            call()
     with pytest.raises(ModelError, match="device cpu.*Use attention='sdpa'"):
         attention_kernel("flash_attention_2", "cpu", torch.bfloat16)
 

@@ -101,8 +101,8 @@ def answer_nll(
 def relative_fall(
     before: np.ndarray,  # (N,) nats of each record
     after: np.ndarray,  # (N,) of the same records
-    count: np.ndarray,  # (N,) tokens of each record
     units: Sequence | None = None,  # (N,) records of one unit are drawn together; each its own by default
+    *,
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:  # fall of the loss as a share, and the ends of its 95 % interval
@@ -168,7 +168,7 @@ def compare(
             loss = nll[name].sum() / count.sum()
             out[name] = dict(loss=round(float(loss), 4), perplexity=round(math.exp(min(loss, 700)), 2))
             out[f"answers_{name}"] = answer(model, tokenizer, shown, config)
-    fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], count, asked))
+    fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], asked))
     table = [dict(question=question, reference=r["output"], before=b, after=a) for question, r, b, a in
              zip(first, shown, out.pop("answers_before"), out.pop("answers_after"))]
     one = heaviest(nll["before"], nll["after"], count, asked)

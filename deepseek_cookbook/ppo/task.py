@@ -18,7 +18,7 @@ import transformers
 
 # %% ../../nbs/05i_ppo.task.ipynb #edef9163
 from ..guards import make_guards
-from ..models import load_model, load_tokenizer, precision
+from ..models import load_model, load_tokenizer, precision, with_attention
 from .config import PPOError
 from .engines import make_engine
 from .losses import token_kl
@@ -78,9 +78,8 @@ def train_ppo(
         check_reward(reward, force)
         join()
         if not resume: on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
-        kernel = dict(attention=config.attention) if config.attention else {}
         transformers.set_seed(seed)
-        base = ready_base(settings, load_model(**settings["model"] | kernel))
+        base = ready_base(settings, load_model(**with_attention(settings["model"], config.attention)))
         tokenizer = load_tokenizer(settings["model"]["name"])
         if precision().gradient_checkpointing: base.gradient_checkpointing_enable(dict(use_reentrant=False))
         models = make_models(base, settings["lora"], start, config.upper_layers, config.value_layers, config.full,

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.modeling_layers import GenericForSequenceClassification
 
 # %% ../../nbs/04a_reward.model.ipynb #f09d52cd
-from deepseek_cookbook.models import (hub_error, load_adapter, load_model, load_tokenizer, locate, precision, reach_hub,
-    to_dtype)
+from ..models import (hub_error, load_adapter, load_model, load_tokenizer, locate, precision, reach_hub,
+    to_dtype, with_attention)
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from .losses import PairTrainer, head_targets
 from .pairs import to_pair, to_preference
@@ -352,8 +352,7 @@ def train_reward(
     args, names, base = reward_config(settings, folder), head_names(own, train), settings["model"]
     transformers.set_seed(seed.seed)
     disable_progress_bars()
-    kernel = dict(attention=own.attention) if own.attention else {}
-    model = load_reward_model(**base | kernel, heads=len(names), seed=seed.seed)
+    model = load_reward_model(**with_attention(base, own.attention), heads=len(names), seed=seed.seed)
     tokenizer, trackers = load_tokenizer(base["name"]), make_trackers(watch.trackers, folder.parent, folder.name)
     with MetricsLog(folder / "metrics.jsonl", trackers) as log:
         monitor = MonitorCallback(log, make_guards(watch, rollouts=False), lr_factor=watch.lr_factor)

@@ -119,7 +119,7 @@ def loss_change(
     "The rise of a loss, with its paired 95 % interval over the passages."
     if not np.isfinite(after).all():
         raise ForgettingError("the loss is no finite number after training: the run diverged. Lower sft.learning_rate.")
-    fall, low, high = relative_fall(nats, after, tokens)
+    fall, low, high = relative_fall(nats, after)
     return dict(before=float(nats.sum() / tokens.sum()), after=float(after.sum() / tokens.sum()),
                 rise=-fall, low=-high, high=-low)
 

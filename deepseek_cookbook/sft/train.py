@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, ProgressCallback
 
 # %% ../../nbs/03c_sft.train.ipynb #6087fdcd
 from ..data.mix import python_texts, replay_record, replay_rows
-from ..models import load_model, load_tokenizer, precision, return_freed_memory
+from ..models import load_model, load_tokenizer, precision, return_freed_memory, with_attention
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
@@ -197,8 +197,8 @@ def train_sft(
         checkpoint = on_main(prepare_folder, folder, resume)
         transformers.set_seed(seed)
         train = with_replay(train, options, seed)
-        kernel = dict(attention=options.attention) if options.attention else {}
-        base, tokenizer = load_model(**settings["model"] | kernel), load_tokenizer(settings["model"]["name"])
+        base = load_model(**with_attention(settings["model"], options.attention))
+        tokenizer = load_tokenizer(settings["model"]["name"])
         with open_log(settings, folder) as log:
             callbacks = make_callbacks(settings, config, log, tokenizer, folder)
             trainer = make_trainer(settings, train, validation, folder, base, tokenizer, callbacks)

@@ -119,7 +119,7 @@ def kept(rows: list[dict]) -> list[str]:
         mine = [r for r in rows if r["seed"] == seed]
         full = max((r for r in mine if r["trainable"] == 1), key=lambda r: r["accuracy"])
         for r in (r for r in mine if r["trainable"] < 1):
-            fall, low, high = relative_fall(np.array(full["hits"]), np.array(r["hits"]), np.ones(len(r["hits"])))
+            fall, low, high = relative_fall(np.array(full["hits"]), np.array(r["hits"]))
             out.append(f"seed {seed}, {r['name']}: {1 - r['trainable']:.1%} fewer, keeps {1 - fall:.1%} "
                        f"({1 - high:.1%} to {1 - low:.1%}) of {full['name']}")
     return out

@@ -151,7 +151,7 @@ def study(name: str, settings, args, chosen: dict, console: Console) -> list[dic
         began = time.process_time()
         last, after = zip(*[one(run, settings, seed, d) for seed, d in data.items()], strict=True)
         seconds, after = (time.process_time() - began) / args.seeds, np.concatenate(after)
-        fall, low, high = relative_fall(before, after, count)
+        fall, low, high = relative_fall(before, after)
         loss = float(after.sum() / count.sum())
         rows.append(dict(name=run.name, weights=run.weights, rate=run.rate, loss=loss, fall=fall, low=low, high=high,
                          last=float(np.mean(last)), seconds=seconds))  # fmt: skip

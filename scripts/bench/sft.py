@@ -4,7 +4,8 @@
 
 Each contender runs in a process of its own, in turns (ours, bare, bare, ours), so that neither meets a warmer machine.
 tokens/s counts the tokens of the rows, not the padding, over the wall time of trainer.train() without evaluation.
-"ours" takes the attention kernel of [train]; "ours, model's kernel" and all bare ones take that of [model].
+"ours" takes the attention kernel of [train]; "ours, model's kernel" and all bare ones take that of [model]. All have
+the dropout of [lora] but the one that names another.
 "bare" is TRL's SFTTrainer with the same arguments, but padded batches as it makes them by default; the other
 bare ones change one thing: rows end to end, rows of like length together, gradient checkpointing as TRL has it.
 """
@@ -22,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 CONTENDERS = (
-    "ours", "ours, model's kernel", "bare", "bare, padding-free", "bare, grouped by length", "bare, TRL defaults",
+    "ours", "ours, model's kernel", "ours, dropout 0.05", "bare", "bare, padding-free", "bare, grouped by length",
+    "bare, TRL defaults",
 )  # fmt: skip
 
 
@@ -48,13 +50,15 @@ def measure(trainer) -> dict:
 def contender(name: str, settings, folder: str) -> dict:
     import transformers
 
-    from deepseek_cookbook.models import load_model, load_tokenizer
+    from deepseek_cookbook.models import load_model, load_tokenizer, with_attention
     from deepseek_cookbook.sft.train import make_trainer, sft_config, to_dataset
 
     train, validation = records(settings)
     transformers.set_seed(settings.build("run").seed)
-    own = settings.build("train").attention if name == "ours" else None
-    model = load_model(**settings["model"] | (dict(attention=own) if own else {}))
+    if name == "ours, dropout 0.05":
+        settings["lora"]["lora_dropout"] = 0.05
+    own = settings.build("train").attention if name in ("ours", "ours, dropout 0.05") else None
+    model = load_model(**with_attention(settings["model"], own))
     tokenizer = load_tokenizer(settings["model"]["name"])
     if name.startswith("ours"):
         from deepseek_cookbook.monitor import MetricsLog, MonitorCallback, make_guards
@@ -93,7 +97,7 @@ def main():
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="of all contenders, every second one backwards")
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as sft.bf16=false")
-    parser.add_argument("--only", nargs="*", default=CONTENDERS[:4])
+    parser.add_argument("--only", nargs="*", default=CONTENDERS[:5])
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:

@@ -63,9 +63,9 @@ def measure(run: Path, profile: str) -> dict:
     rest = asked != one["unit"]
     return one | dict(
         all=len(records), base=before.sum() / count.sum(), trained=after.sum() / count.sum(),
-        by_record=relative_fall(before, after, count), by_question=relative_fall(before, after, count, asked),
-        heavy=relative_fall(before[~rest], after[~rest], count[~rest]),
-        without=relative_fall(before[rest], after[rest], count[rest], asked[rest]),
+        by_record=relative_fall(before, after), by_question=relative_fall(before, after, asked),
+        heavy=relative_fall(before[~rest], after[~rest]),
+        without=relative_fall(before[rest], after[rest], asked[rest]),
     )  # fmt: skip
 
 
