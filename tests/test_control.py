@@ -26,7 +26,6 @@ from deepseek_cookbook.sft.control import (
     score_table,
     tone_of,
     tone_score,
-    wilson,
 )
 
 
@@ -124,8 +123,6 @@ def test_refusals():
         make_scene("jason", 4, 0)
     with pytest.raises(SceneError, match="held-out cases asked for"):
         make_scene("tone", 4, 0, held=100_000)
-    with pytest.raises(SceneError, match="hits"):
-        wilson(0, 0)
     with pytest.raises(SceneError, match="1 answers to 2"):
         score_table(make_scene("json", 2, 0)[0], {"before": ["{}"]})
 
@@ -215,17 +212,6 @@ def test_history_score_says_no(sides):
     assert history_score("I don't have that.", missing)["recall"] is True
     assert history_score(f"It is {other}. Could you confirm?", missing)["recall"] is False
     assert history_score("It is BK-12345.", missing)["recall"] is False
-
-
-@settings(deadline=None)
-@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_share_and_solves_its_equation(case):
-    """The ends are the shares p at which the observed share is just z standard errors away."""
-    hits, n = case
-    low, high = wilson(hits, n)
-    assert 0 <= low <= hits / n + 1e-9 and hits / n - 1e-9 <= high <= 1
-    for p in (low, high):
-        assert (hits / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
 
 
 def test_score_table_counts(sides):

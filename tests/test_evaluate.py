@@ -26,6 +26,7 @@ from deepseek_cookbook.evaluate.metrics import (
     heaviest,
     relative_fall,
     token_batches,
+    wilson,
 )
 from deepseek_cookbook.models import ModelError, load_model, load_tokenizer
 from deepseek_cookbook.settings import ReadError, RunFolder, load_settings
@@ -274,3 +275,25 @@ def test_the_phase_names_what_is_missing(tmp_path):
     run.phase("data").joinpath("validation.jsonl").write_text(json.dumps(ask("a", "b")) + "\n")
     with pytest.raises(ModelError, match="sft/adapter"):
         evaluate_phase(settings, run)
+
+
+@examples(deadline=None)
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share_and_solves_its_equation(case):
+    """The ends are the shares p at which the observed share is just z standard errors away."""
+    hits, n = case
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n + 1e-9 and hits / n - 1e-9 <= high <= 1
+    for p in (low, high):
+        assert (hits / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
+
+
+def test_wilson_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for hits, n in ((0, 5), (5, 5), (3, 7), (150, 200)):
+        theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
+        assert all(abs(x - y) < 1e-3 for x, y in zip(wilson(hits, n), theirs, strict=True))
+    assert wilson(0, 0) == (0.0, 1.0)
+    for hits, n in ((3, 2), (-1, 4), (1, 0)):
+        with pytest.raises(EvaluateError, match="hits"):
+            wilson(hits, n)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from deepseek_cookbook.evaluate.metrics import wilson
 from deepseek_cookbook.reward.functions import RewardError
 from deepseek_cookbook.reward.gate import (
     GateConfig,
@@ -22,7 +23,7 @@ from deepseek_cookbook.reward.gate import (
     score_pairs,
     spearman,
 )
-from deepseek_cookbook.reward.pairs import bank_pairs, gold_reward, text_of, wilson
+from deepseek_cookbook.reward.pairs import bank_pairs, gold_reward, text_of
 from deepseek_cookbook.settings import RunFolder, load_settings, read_jsonl
 
 _, HELDOUT, OOD = bank_pairs(10, held=60)

@@ -42,7 +42,6 @@ from deepseek_cookbook.sft.lora import (
     reached,
     topic_records,
     trainable_share,
-    wilson,
 )
 
 MLA = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -250,16 +249,6 @@ def test_fit_lowers_the_loss_and_moves_only_what_may_move():
     ran = fit(Wrapper(), [dict(x=x, y=x.sum(1, keepdim=True))] * 60, 0.1)
     assert ran["losses"][-1] < ran["losses"][0] / 5 and torch.equal(model.frozen, torch.ones(2))
     assert trainable_share(model) == 3 / 5
-
-
-@given(st.integers(0, 50), st.integers(1, 50))
-def test_wilson_solves_its_equation(correct, n):
-    "The ends of the interval are the shares p for which |share - p| = z sqrt(p (1 - p) / n)."
-    correct = min(correct, n)
-    share, low, high = wilson(correct, n)
-    assert share == correct / n and -1e-9 <= low <= share + 1e-9 and share - 1e-9 <= high <= 1 + 1e-9
-    for p in (low, high):
-        assert (share - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
 
 
 def test_topics_have_one_right_answer_and_no_copy():

@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/05k_ppo.principles.ipynb #25217d5c
 from ..data.formats import from_messages
+from ..evaluate.metrics import wilson
 from ..reward.functions import last_question, relevance, toxicity
 from deepseek_cookbook.reward.pairs import (APPROVAL, NEGATED, RUDE, SECRET, WARNING, WEIGHTS, desk_pairs, gold_score,
-    load_desks, text_of, wilson)
+    load_desks, text_of)
 from ..settings import nearest
 
 # %% ../../nbs/05k_ppo.principles.ipynb #9d5052f1

@@ -15,9 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # %% ../../nbs/04g_reward.gate.ipynb #4617ec2b
+from ..evaluate.metrics import wilson
 from .combine import Checked
 from .functions import Reward
-from .pairs import bank_pairs, lengths_match, text_of, wilson
+from .pairs import bank_pairs, lengths_match, text_of
 from ..settings import RunFolder, Settings, read_json, write_json, write_jsonl
 
 # %% ../../nbs/04g_reward.gate.ipynb #a083c8e4

@@ -22,7 +22,8 @@ import httpx
 import torch
 
 # %% ../../nbs/04d_reward.judge.ipynb #9625ad1f
-from .pairs import PairError, text_of, wilson
+from ..evaluate.metrics import wilson
+from .pairs import PairError, text_of
 
 # %% ../../nbs/04d_reward.judge.ipynb #7e9bb07f
 RUBRICS = {

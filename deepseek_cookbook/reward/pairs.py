@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROVENANCES', 'QUESTION', 'TEXTS', 'DIMENSIONS', 'WEIGHTS', 'COURTESY', 'RUDE', 'SECRET', 'NEGATED', 'WARNING',
-           'APPROVAL', 'WORDS', 'PairError', 'text_of', 'to_pair', 'read_pairs', 'wilson', 'lengths_match',
-           'describe_pairs', 'mix_pairs', 'to_preference', 'load_desks', 'intent_of', 'gold_score', 'gold_reward',
-           'desk_pairs', 'answer_pairs', 'bank_pairs']
+           'APPROVAL', 'WORDS', 'PairError', 'text_of', 'to_pair', 'read_pairs', 'lengths_match', 'describe_pairs',
+           'mix_pairs', 'to_preference', 'load_desks', 'intent_of', 'gold_score', 'gold_reward', 'desk_pairs',
+           'answer_pairs', 'bank_pairs']
 
 # %% ../../nbs/04_reward.pairs.ipynb #4de9e3c4
 import math, random, re
@@ -21,6 +21,7 @@ import yaml
 from ..data.convert import preference_row
 from ..data.formats import DataError, chatterbot_records, iter_array, iter_lines, open_data, to_messages
 from ..data.formats import check_record
+from ..evaluate.metrics import wilson
 from ..settings import nearest, write_jsonl
 
 # %% ../../nbs/04_reward.pairs.ipynb #7eff2ec6
@@ -117,18 +118,6 @@ def read_pairs(
     if rejected: write_jsonl(rejected, bad)
     if not good: raise PairError(f"{path}: no pairs in the file. Write prompt, chosen and rejected, one object a line.")
     return good
-
-# %% ../../nbs/04_reward.pairs.ipynb #2f0e2805
-def wilson(
-    hits: int,
-    n: int,  # out of so many
-    z: float = 1.96,  # 1.96 for 95 %
-) -> tuple[float, float]:  # the ends of the interval; (0, 1) for n = 0
-    "Wilson's interval for a share."
-    if not n: return 0.0, 1.0
-    p, q = hits / n, z * z / n
-    middle, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / n / 4) / (1 + q)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 # %% ../../nbs/04_reward.pairs.ipynb #85f5aa42
 def lengths_match(a: str, b: str) -> bool:

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'CURRENCIES', 'ACCOUNTS', 'KEYS', 'CITIES', 'SCENES', 'SceneError', 'Case', 'is_held_out', 'tone_of',
-           'tone_score', 'find_json', 'json_fields', 'json_score', 'history_score', 'make_scene', 'wilson',
-           'score_case', 'score_table', 'answer_cases']
+           'tone_score', 'find_json', 'json_fields', 'json_score', 'history_score', 'make_scene', 'score_case',
+           'score_table', 'answer_cases']
 
 # %% ../../nbs/03f_sft.control.ipynb #41a2b5d1
-import json, math, random, re
+import json, random, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 # %% ../../nbs/03f_sft.control.ipynb #07c1d669
 from ..data.formats import to_messages
-from ..evaluate.metrics import EvaluateConfig, answer
+from ..evaluate.metrics import EvaluateConfig, answer, wilson
 from ..settings import nearest
 
 # %% ../../nbs/03f_sft.control.ipynb #7c94d1f0
@@ -376,18 +376,6 @@ def make_scene(
             raise SceneError(f"scene {name}: {n} different {'held-out' if side else 'training'} cases asked for, only "
                              f"{len(sides[-1])} found. Ask for fewer, or add wordings to its table.")
     return tuple(sides)
-
-# %% ../../nbs/03f_sft.control.ipynb #ef59a47b
-def wilson(
-    hits: int,  # 0 to n
-    n: int,  # number of prompts, above 0
-    z: float = 1.96,  # 1.96 for 95 %
-) -> tuple[float, float]:
-    "Wilson's interval of a share."
-    if n < 1 or not 0 <= hits <= n: raise SceneError(f"{hits} hits of {n}: give 0 <= hits <= n and n above 0")
-    p, wide = hits / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / wide, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / wide
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 # %% ../../nbs/03f_sft.control.ipynb #89e0c373
 def score_case(

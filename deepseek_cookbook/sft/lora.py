@@ -6,7 +6,7 @@
 __all__ = ['ATTENTION', 'QUERY_VALUE', 'ROUTER', 'KINDS', 'LoRALinear', 'TargetError', 'linear_layers', 'of_kind', 'find_targets',
            'matched', 'check_targets', 'find_experts', 'reached', 'lora_config', 'check_parameters', 'trainable_share',
            'state_mib', 'fit', 'answer_batches', 'lora_study', 'topic_records', 'load_classifier', 'class_batches',
-           'hits', 'wilson', 'classify']
+           'hits', 'classify']
 
 # %% ../../nbs/03_sft.lora.ipynb #e9128d5d
 import random, re, time
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 # %% ../../nbs/03_sft.lora.ipynb #381f41dd
 from ..data.formats import chatterbot_records, corpus_folder
 from ..data.tokens import encode_records, packed_batch
-from ..evaluate.metrics import EvaluateConfig, answer_nll
+from ..evaluate.metrics import EvaluateConfig, answer_nll, wilson
 from ..models import load_tokenizer, locate, precision
 from ..settings import nearest
 
@@ -317,16 +317,6 @@ def hits(model, batches: list[dict]) -> np.ndarray:  # (N,) 0 or 1
             == b["labels"]) for b in batches]
     return torch.cat(out).double().numpy()
 
-def wilson(
-    correct: float,  # number of successes
-    n: int,  # of trials, at least 1
-    z: float = 1.96,  # 1.96 for 95 %
-) -> tuple[float, float, float]:  # share, and the ends of its interval
-    "A share with Wilson's interval."
-    p = correct / n
-    middle, width = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return p, (middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)
-
 # %% ../../nbs/03_sft.lora.ipynb #fe7f8b66
 def classify(
     name: str,  # of a base model
@@ -343,6 +333,6 @@ def classify(
     if lora: model = get_peft_model(model, lora_config(model, lora | dict(task_type="SEQ_CLS")))
     ran = fit(model, class_batches(tokenizer, train, classes, epochs=epochs, seed=seed), lr)
     right = hits(model, class_batches(tokenizer, test, classes, size=32, seed=None))
-    share, low, high = (round(x, 3) for x in wilson(right.sum(), len(right)))
+    share, low, high = (round(x, 3) for x in (right.mean(), *wilson(right.sum(), len(right))))
     return dict(trainable=round(trainable_share(model), 5), state_mib=round(state_mib(model), 1), lr=lr, accuracy=share,
                 low=low, high=high, seconds=round(ran["seconds"], 1), cpu_seconds=round(ran["cpu_seconds"], 1)), right

@@ -1,6 +1,6 @@
 """The fall of the held-out loss on several splits: how much of one number is the luck of which questions were held out.
 
-    python scripts/bench/splits.py                         (profile laptop, seeds 42 and 1 to 4: about 30 CPU minutes)
+    python scripts/bench/splits.py                         (profile laptop, seeds 42 and 1 to 4: about 20 CPU minutes)
     python scripts/bench/splits.py --profile tiny          (a minute)
     python scripts/bench/splits.py --set sft.learning_rate=2e-3 lora.lora_dropout=0.1
 
@@ -85,7 +85,11 @@ def main():
                    "heaviest question: records, share", "its fall, %", "fall without it, %",
                    "SFT s", "GiB"):  # fmt: skip
         table.add_column(column, justify="right")
-    share = lambda f: f"{f[0]:.1%} ({f[1]:.1%} to {f[2]:.1%})".replace("%", "")  # noqa: E731
+
+    def share(fall: tuple[float, float, float]) -> str:
+        value, low, high = (f"{x:.1%}"[:-1] for x in fall)
+        return f"{value} ({low} to {high})" if low != high else value  # one record alone has no interval
+
     falls = []
     for seed, run in zip(args.seeds, runs, strict=True):
         r, sft = measure(run, args.profile), json.loads((run / "sft" / "result.json").read_text())
