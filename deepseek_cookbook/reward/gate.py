@@ -145,7 +145,8 @@ def _share(name: str, right_N: np.ndarray, limit) -> dict:
     return _row(name, hits / n if n else None, limit, n=n, hits=hits)
 
 def _drop(name: str, whole: float, right_N: np.ndarray, limit) -> dict:
-    return _row(name, whole - float(right_N.mean()) if len(right_N) else None, limit, most=True, n=len(right_N))
+    if not len(right_N): return _row(name, None, None, n=0)  # nothing to measure it on: reported, not judged
+    return _row(name, whole - float(right_N.mean()), limit, most=True, n=len(right_N))
 
 # %% ../../nbs/04g_reward.gate.ipynb #ff4be239
 def gate(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LOSSES', 'PURPOSES', 'RewardModelError', 'RewardModelConfig', 'head_class', 'put_head', 'load_reward_model',
            'as_messages', 'encode', 'to_rows', 'token_batches', 'RewardModel', 'save_reward', 'load_reward',
-           'reward_config', 'first_layer', 'reward_lora', 'head_names', 'make_reward_trainer', 'train_reward',
-           'reward_facts', 'reward_figures', 'Purpose', 'find_reward']
+           'reward_config', 'first_layer', 'reward_lora', 'head_names', 'make_reward_trainer', 'short_cut',
+           'train_reward', 'reward_facts', 'reward_figures', 'Purpose', 'find_reward']
 
 # %% ../../nbs/04a_reward.model.ipynb #3bcf1e2d
 import copy, math, shutil, time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ..models import (hub_error, load_adapter, load_model, load_tokenizer, locat
     to_dtype, with_attention)
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from .losses import PairTrainer, head_targets
+from .packed import layer_of, packed_pairs
 from .pairs import to_pair, to_preference
 from ..runlog import make_trackers
 from ..settings import Settings, SettingsError, nearest, read_json, write_json
@@ -292,15 +294,13 @@ def first_layer(model: PreTrainedModel, upper_layers: int | None) -> int:
     "The lowest layer that gets adapters."
     return max(0, model.config.get_text_config().num_hidden_layers - upper_layers) if upper_layers else 0
 
-def _layer(name: str) -> int: return next((int(part) for part in name.split(".") if part.isdigit()), -1)
-
 def reward_lora(settings: Settings, model: PreTrainedModel, upper_layers: int | None = None):  # peft.LoraConfig
     "[lora], with the head trained in full."
     more = dict(task_type="SEQ_CLS", modules_to_save=["score"], lora_dropout=0.0)
     if upper_layers:
         first = first_layer(model, upper_layers)
         more["target_modules"] = [n for n, m in model.named_modules()
-                                  if isinstance(m, torch.nn.Linear) and n != "score" and _layer(n) >= first]
+                                  if isinstance(m, torch.nn.Linear) and n != "score" and layer_of(n) >= first]
     return settings.build("lora", **more)
 
 # %% ../../nbs/04a_reward.model.ipynb #a5999b47
@@ -331,12 +331,18 @@ def make_reward_trainer(settings: Settings, train, validation, folder, model, to
                           processing_class=tokenizer, peft_config=reward_lora(settings, model, own.upper_layers),
                           callbacks=list(callbacks))
     for name, p in trainer.model.named_parameters():  # PEFT 0.21 adapts fused experts in every layer
-        if 0 <= _layer(name) < first_layer(model, own.upper_layers): p.requires_grad_(False)
+        if 0 <= layer_of(name) < first_layer(model, own.upper_layers): p.requires_grad_(False)
     for printing in (ProgressCallback, PrinterCallback): trainer.remove_callback(printing)
     if not args.disable_tqdm: trainer.add_callback(Bar)
     return trainer, cut + cut_held
 
 # %% ../../nbs/04a_reward.model.ipynb #a97256af
+def short_cut(model, upper_layers: int | None):  # a context manager
+    "Pairs in one row, where lower layers are frozen and the attention kernel takes a mask."
+    frozen, kernel = first_layer(model, upper_layers), model.get_base_model().config._attn_implementation
+    return packed_pairs(model, frozen) if frozen and kernel in ("eager", "sdpa") else nullcontext()
+
+# %% ../../nbs/04a_reward.model.ipynb #380827ac
 def train_reward(
     settings: Settings,  # [model], [lora], [reward], [reward_model], [monitor], [run]
     train: list[dict],  # preferences
@@ -359,7 +365,8 @@ def train_reward(
         trainer, cut = make_reward_trainer(settings, train, validation, folder, model, tokenizer, names, [monitor])
         checkpoint = last_checkpoint(folder)
         try:
-            with told_plainly(folder): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with told_plainly(folder), short_cut(trainer.model, own.upper_layers):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except TrainError as e: raise RewardModelError(str(e).replace("sft.", "reward.")) from e
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         reward = RewardModel(trained, tokenizer, names, max_length=args.max_length, long=own.long,

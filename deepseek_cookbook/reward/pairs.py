@@ -270,29 +270,36 @@ def _broken(desk: dict, intent: str, body: str, dimension: str, pick, rng) -> di
     words, gap = (body.split(" "), " ") if joint else (list(body), "")
     return dict(body=gap.join(words[:rng.randint(3, 5)] * rng.randint(2, 5)))
 
-def _answer(desk: dict, intent: str, side: str, rng: random.Random, dimension: str | None = None) -> str:
-    "An answer of a desk, sound or with one dimension broken."
+def _good(desk: dict, intent: str, side: str, rng: random.Random) -> dict:
+    "The pieces of an answer with nothing wrong."
     pick = lambda texts: rng.choice(_of_side(texts, side))
-    parts = dict(intent=intent, opener=pick(desk["polite"]), body=pick(desk["intents"][intent]["replies"]),
-                 layout="intent: {i}\nreply: {r}")
-    if dimension: parts |= _broken(desk, intent, parts["body"], dimension, pick, rng)
+    return dict(intent=intent, opener=pick(desk["polite"]), body=pick(desk["intents"][intent]["replies"]),
+                layout="intent: {i}\nreply: {r}")
+
+def _joined(parts: dict) -> str:
+    "An answer from its pieces."
     reply = parts["opener"] + parts["body"]
     reply = reply[0].upper() + reply[1:] + ("." if " " in reply else "。")
     return parts["layout"].replace("{i}", parts["intent"]).replace("{r}", reply)
 
 # %% ../../nbs/04_reward.pairs.ipynb #5f651b15
-def _draw(name: str, side: str, dimension: str, matched: bool, rng: random.Random) -> dict:
+def _draw(name: str, side: str, dimension: str, matched: bool, minimal: float, rng: random.Random) -> dict:
     "One pair that the gold rule confirms."
     desk = load_desks()[name]
+    pick = lambda texts: rng.choice(_of_side(texts, side))
     for _ in range(2000):
         intent = rng.choice(list(desk["intents"]))
         prompts = desk["intents"][intent]["prompts"]
-        template = rng.choice(_of_side(prompts, side))
-        slots = {k: rng.choice(_of_side(v, side)) for k, v in desk["slots"].items()}
+        template, slots = pick(prompts), {k: pick(v) for k, v in desk["slots"].items()}
         ask = re.sub(r"\{(\w+)\}", lambda m: slots[m[1]], template)
-        good, bad = _answer(desk, intent, side, rng), _answer(desk, intent, side, rng, dimension)
-        if lengths_match(good, bad) != matched: continue
-        scores = dict(chosen=gold_score(ask, good), rejected=gold_score(ask, bad))
+
+        good = _good(desk, intent, side, rng)
+        other = good if rng.random() < minimal else _good(desk, intent, side, rng)
+        broken = other | _broken(desk, intent, other["body"], dimension, pick, rng)
+        good, bad = _joined(good), _joined(broken)
+        if good.split() == bad.split() or lengths_match(good, bad) != matched: continue
+
+        scores = dict(chosen=gold_score(ask, good, intent), rejected=gold_score(ask, bad, intent))
         if all(scores["chosen"].values()) and [d for d, s in scores["rejected"].items() if not s] == [dimension]: break
     else: raise PairError(f"desk {name}, {side}: no pair that breaks {dimension}, length_matched={matched}; add texts")
     message = lambda role, text: {"role": role, "content": text}
@@ -307,6 +314,7 @@ def desk_pairs(
     side: str,  # train, held (each third text), or all
     desks: dict[str, float],  # desk -> its share, such as {"bank.en": 0.9, "bank.zh": 0.1}
     seed: int = 42,
+    minimal: float = 0.0,  # share of tries in which both answers are alike but for the broken piece, 0 to 1
 ) -> list[dict]:  # different pairs, the dimensions in turns, half of them length-matched
     "Preferences by rule from the texts of one or more desks."
     rng, seen, pairs = random.Random(f"{seed}:{side}:{sorted(desks)}"), set(), []
@@ -314,7 +322,7 @@ def desk_pairs(
         if len(pairs) == n: break
         name = rng.choices(list(desks), list(desks.values()))[0]
         i = len(pairs)
-        pair = _draw(name, side, DIMENSIONS[i % 5], i // 5 % 2 == 0, rng)
+        pair = _draw(name, side, DIMENSIONS[i % 5], i // 5 % 2 == 0, minimal, rng)
         key = tuple(text_of(pair[k]) for k in ("prompt", "chosen", "rejected"))
         if key not in seen: pairs.append(dict(id=f"{side}-{i}", **pair))
         seen.add(key)
@@ -353,6 +361,7 @@ def bank_pairs(
     seed: int = 42,
     held: int | None = None,  # pairs of the held-out and of the out-of-domain set; half of n by default
     chinese: float = 0.1,  # share of Chinese pairs, 0 to below 1
+    minimal: float = 0.5,  # of the pairs to train on, see `desk_pairs`; the others are judged on whole answers
 ) -> tuple[list[dict], list[dict], list[dict]]:  # train; held-out; out of domain (half parcels, half general questions)
     "The chapter's preference set."
     held = max(2, n // 2) if held is None else held
@@ -361,4 +370,4 @@ def bank_pairs(
     banks = {"bank.en": 1 - chinese} | ({"bank.zh": chinese} if chinese else {})
     ood = desk_pairs(held - held // 2, "all", {"parcel.en": 1.0}, seed)
     ood += answer_pairs(chatterbot_records("english")[0], held // 2, seed)
-    return desk_pairs(n, "train", banks, seed), desk_pairs(held, "held", banks, seed), ood
+    return desk_pairs(n, "train", banks, seed, minimal), desk_pairs(held, "held", banks, seed), ood
