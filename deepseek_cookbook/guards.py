@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Rule', 'Action', 'smooth', 'not_finite', 'outside', 'explodes', 'collapses', 'growth', 'grows_faster', 'grows_slower',
-           'Guard', 'Decision', 'judge', 'MonitorConfig', 'make_guards', 'Watch']
+           'Guard', 'Decision', 'judge', 'at_the_end', 'sick_steps', 'last_healthy', 'MonitorConfig', 'make_guards',
+           'Watch']
 
 # %% ../nbs/00h_guards.ipynb #6606e80e
 import math, warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -55,11 +56,12 @@ def explodes(factor: float, floor: float, window: int = 5) -> Rule:
         return y > factor * np.maximum(np.fmin.accumulate(y), floor)
     return rule
 
-def collapses(share: float, window: int = 5) -> Rule:
-    "The running median falls below a share of what it was after the first `window` points."
+def collapses(share: float, window: int = 5, start: int | None = None) -> Rule:
+    "The running median falls below a share of the median of the first `start` points (None: of `window`)."
+    first = start or window
     def rule(s):
-        y = smooth(s.values, window)
-        return (np.arange(len(y)) >= window) & (y < share * y[:window][-1:])
+        begin = smooth(s.values, first)[:first][-1:]
+        return (np.arange(len(s.values)) >= first) & (smooth(s.values, window) < share * begin)
     return rule
 
 # %% ../nbs/00h_guards.ipynb #564609b2
@@ -96,6 +98,7 @@ class Guard:
     window: int = 0  # points that the rule smooths over: an action is judged on new ones only
     advice: str = ""  # what a person should look at
     band: tuple[float, float] | None = None  # drawn on the dashboard
+    pointwise: Rule | None = None  # the same limit for single points; None: no say in which checkpoint is best
 
 class Decision(NamedTuple):
     "What a guard found, and what it asks for."
@@ -108,22 +111,49 @@ class Decision(NamedTuple):
     message: str
 
 # %% ../nbs/00h_guards.ipynb #cffde6cf
-def judge(guard: Guard, rows: list[dict]) -> Decision | None:
-    "Ask one guard about a history; None if all is well, or if it has spoken already."
+def _spell(guard: Guard, rows: list[dict]) -> tuple[Series, int] | None:
+    "A guard's series and the place where its present sickness begins; None if the last point is healthy."
     s = series(rows, guard.metric)
     sick = guard.rule(s)
     if not len(sick) or not sick[-1]: return None
     healthy = np.flatnonzero(~sick)
-    start = healthy[-1] + 1 if len(healthy) else 0
-    spoken = max((r["step"] for r in rows if r.get("guard") == guard.name and "event" in r), default=-1)
+    return s, int(healthy[-1]) + 1 if len(healthy) else 0
+
+def _since(s: Series, start: int) -> int: return int(s.steps[start - 1]) if start else 0
+
+# %% ../nbs/00h_guards.ipynb #0396abc1
+def judge(guard: Guard, rows: list[dict]) -> Decision | None:
+    "Ask one guard about a history; None if all is well, or if it has spoken already."
+    found = _spell(guard, rows)
+    if found is None: return None
+    s, start = found
+    said = [r["step"] for r in rows if r.get("guard") == guard.name and "event" in r and not r.get("final")]
+    spoken = max(said, default=-1)
     spell, need = s.steps[start:], guard.patience
     if spoken >= spell[0]:
         if guard.action == Action.NOTE: return None
         spell, need = spell[spell > spoken], guard.patience + guard.window
     if len(spell) < need: return None
-    since, value = int(s.steps[start - 1]) if start else 0, float(s.values[-1])
+    since, value = _since(s, start), float(s.values[-1])
     message = f"{guard.metric} = {value:.4g} at step {s.steps[-1]}, sick after step {since}. {guard.advice}".strip()
     return Decision(guard.name, guard.action, guard.metric, int(s.steps[-1]), since, value, message)
+
+# %% ../nbs/00h_guards.ipynb #c8e6c484
+def at_the_end(guard: Guard) -> Guard:
+    "The same guard where a run ends: no row will come that patience or a median could wait for."
+    action = Action.STOP if guard.action == Action.STOP else Action.NOTE
+    return replace(guard, rule=guard.pointwise or guard.rule, patience=1, window=0, action=action)
+
+# %% ../nbs/00h_guards.ipynb #bbd61898
+def sick_steps(guards, rows: list[dict]) -> set[int]:
+    "Steps whose numbers, taken alone, a guard with a pointwise rule refuses."
+    pairs = [(series(rows, g.metric), g.pointwise) for g in guards if g.pointwise]
+    return {int(step) for s, rule in pairs for step in s.steps[rule(s)]}
+
+def last_healthy(guards, rows: list[dict]) -> int | None:
+    "The last step before a guard that may stop the run began to see sick points; None: no such guard waits."
+    spells = [_spell(g, rows) for g in guards if g.action == Action.STOP]
+    return min((_since(*found) for found in spells if found), default=None)
 
 # %% ../nbs/00h_guards.ipynb #7ee727e1
 @dataclass
@@ -173,6 +203,7 @@ _ADVICE = {
 
 # %% ../nbs/00h_guards.ipynb #bda1257c
 _ROLLOUTS = {"completion_length", "distinct", "kl", "ppo_loss", "reward"}  # metrics of answers that a policy gave
+_COLLAPSES = {"entropy", "length", "kl_max", "distinct"}  # guards whose single points count: a policy that is gone
 
 def make_guards(
     config: MonitorConfig | None = None,
@@ -180,21 +211,24 @@ def make_guards(
 ) -> list[Guard]:
     "The guards that a configuration asks for."
     c = config or MonitorConfig()
-    def guard(name, metric, rule, action, patience=c.patience, window=c.window, band=None):
-        return Guard(name, metric, rule, Action(action), patience, window, _ADVICE[name.split(":")[0]], band)
-    w, band = c.window, lambda limits: outside(*limits, c.window)
-    table = [(c.loss_factor, "loss", "loss", lambda x: explodes(x, 0.25, w), c.loss_action),
-             (c.entropy_share, "entropy", "entropy", lambda x: collapses(x, w), c.entropy_action),
-             (c.length_share, "length", "completion_length", lambda x: collapses(x, w), c.length_action),
+    def guard(name, metric, action, rule, patience=c.patience, window=c.window, band=None, pointwise=None):
+        advice = _ADVICE[name.split(":")[0]]
+        return Guard(name, metric, rule, Action(action), patience, window, advice, band, pointwise)
+    band = lambda limits, w: outside(*limits, w)
+    table = [(c.loss_factor, "loss", "loss", lambda x, w: explodes(x, 0.25, w), c.loss_action),
+             (c.entropy_share, "entropy", "entropy", lambda x, w: collapses(x, w, c.window), c.entropy_action),
+             (c.length_share, "length", "completion_length", lambda x, w: collapses(x, w, c.window), c.length_action),
              (c.grad_norm_band, "grad_norm", "grad_norm", band, c.grad_norm_action),
-             (c.kl_max, "kl_max", "kl", lambda x: outside(-math.inf, x, w), c.kl_max_action),
-             (c.kl_min, "kl_min", "kl", lambda x: outside(x, math.inf, w), c.kl_min_action),
-             (c.distinct_min, "distinct", "distinct", lambda x: outside(x, math.inf, w), c.distinct_action),
-             (c.kl_growth_max, "kl", "kl", lambda x: grows_faster(x, 2 * w, w), c.kl_growth_action),
+             (c.kl_max, "kl_max", "kl", lambda x, w: outside(-math.inf, x, w), c.kl_max_action),
+             (c.kl_min, "kl_min", "kl", lambda x, w: outside(x, math.inf, w), c.kl_min_action),
+             (c.distinct_min, "distinct", "distinct", lambda x, w: outside(x, math.inf, w), c.distinct_action),
+             (c.kl_growth_max, "kl", "kl", lambda x, w: grows_faster(x, 2 * w, w), c.kl_growth_action),
              (c.ppo_loss_band, "ppo_loss", "ppo_loss", band, c.ppo_loss_action),
-             (c.reward_slope_min, "reward", "reward", lambda x: grows_slower(x, w), c.reward_slope_action)]
-    guards = [guard(f"finite:{m}", m, not_finite(), c.finite_action, 1, 0) for m in c.finite_metrics]
-    guards += [guard(name, metric, rule(limit), action, band=limit if isinstance(limit, tuple) else None)
+             (c.reward_slope_min, "reward", "reward", lambda x, w: grows_slower(x, w), c.reward_slope_action)]
+    guards = [guard(f"finite:{m}", m, c.finite_action, not_finite(), 1, 0, pointwise=not_finite())
+              for m in c.finite_metrics]
+    guards += [guard(name, metric, action, rule(limit, c.window), band=limit if isinstance(limit, tuple) else None,
+                     pointwise=rule(limit, 1) if name in _COLLAPSES else None)
                for limit, name, metric, rule, action in table if limit is not None]
     return [g for g in guards if rollouts or g.metric not in _ROLLOUTS]
 
@@ -219,5 +253,16 @@ class Watch:
         decisions = [d for g in self.guards if g.metric in metrics and (d := judge(g, self.log.rows))]
         for d in decisions:
             self.log.event(d.step, d.action, d.guard, d.message, metric=d.metric, value=d.value, since=d.since)
+            self.actions[d.action](d)
+        return decisions
+
+    def end(self) -> list[Decision]:
+        "Judge the end of a run that no guard stopped; asked once more, it decides the same and writes nothing down."
+        told = {(r["guard"], r["step"]) for r in self.log.rows if r.get("final")}
+        asked = [at_the_end(g) for g in self.guards if g.pointwise or g.action == Action.STOP]
+        decisions = [d for g in asked if (d := judge(g, self.log.rows))]
+        for d in decisions:
+            more = dict(metric=d.metric, value=d.value, since=d.since, final=True)
+            if (d.guard, d.step) not in told: self.log.event(d.step, d.action, d.guard, d.message, **more)
             self.actions[d.action](d)
         return decisions

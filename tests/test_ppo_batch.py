@@ -487,7 +487,8 @@ def test_the_first_the_best_and_the_newest_stay(history, keep):
         before = checkpoints(folder)
         gone, after = forget(folder, keep), checkpoints(folder)
         assert sorted([*gone, *after]) == list(before)
-        assert {min(before), best_step(before), *list(before)[-keep:]} == set(after)
+        measured = {step: before[step] for step in list(before)[:-1]}  # the row after it may refuse the newest
+        assert {min(before), best_step(measured), *list(before)[-keep:]} - {None} == set(after)
         assert forget(folder, keep) == []
         assert best_step(after) == best_step(before)
 

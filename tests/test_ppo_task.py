@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from deepseek_cookbook.guards import make_guards
 from deepseek_cookbook.models import load_model, load_tokenizer
 from deepseek_cookbook.ppo.checkpoints import (
     CheckpointError,
@@ -16,6 +17,7 @@ from deepseek_cookbook.ppo.checkpoints import (
     checkpoints,
     forget,
     load_checkpoint,
+    refused_steps,
     save_checkpoint,
 )
 from deepseek_cookbook.ppo.policy import make_models, save_policy
@@ -99,7 +101,9 @@ def test_a_stopped_run_goes_back_to_the_best_sound_checkpoint_and_stays_stopped(
     since, found = figures["stopped"]["since"], checkpoints(tmp_path)
     assert figures["stopped"]["guard"] == "kl_max" and figures["steps"] < figures["planned_steps"]
     assert best_step(found) > since
-    assert 0 < figures["restored_to"] <= since and since - figures["restored_to"] < 2
+    refused = refused_steps(make_guards(sick.build("monitor")), read_jsonl(tmp_path / "metrics.jsonl"))
+    assert 0 < figures["restored_to"] <= since and figures["restored_to"] not in refused
+    assert figures["restored_to"] == best_step(found, since, refused)
     again = train_ppo(sick, ROWS, exotic, tmp_path, quiet=True)[1]
     assert (again["steps"], again["restored_to"]) == (figures["steps"], figures["restored_to"])
 

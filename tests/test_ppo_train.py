@@ -22,7 +22,7 @@ from tiny_ppo import EXACT, LORA, NAMES, ROWS, logged, peaked, script, text_of, 
 from deepseek_cookbook.guards import Action, Guard, MonitorConfig, make_guards
 from deepseek_cookbook.models import load_tokenizer
 from deepseek_cookbook.ppo import train as T
-from deepseek_cookbook.ppo.checkpoints import checkpoint_folder, checkpoints
+from deepseek_cookbook.ppo.checkpoints import checkpoint_folder, checkpoints, refused_steps
 from deepseek_cookbook.ppo.policy import make_models
 from deepseek_cookbook.ppo.rollout import RolloutConfig, RolloutError, score
 from deepseek_cookbook.ppo.train import PPOConfig, PPOError
@@ -53,6 +53,7 @@ PEOPLE_GOT_WRONG = {
     "KL explodes, one answer to everything (trl #204, #41, #615; open-r1 #373; MOSS-RLHF #17)": [
         "test_ppo_train::test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back",
         "test_ppo_train::test_a_stop_keeps_the_checkpoint_that_it_goes_back_to",
+        "test_ppo_end::test_a_collapse_in_the_last_steps_is_seen_and_not_kept",
     ],
     "the reward does not move (DeepSpeedExamples #489, #586, #441)": [
         "test_ppo_learns::test_a_bandit_is_learnt",
@@ -258,7 +259,9 @@ def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(
     assert stopped["guard"] == "kl_max" and figures["steps"] < 40
     assert 0 < back <= stopped["since"] < stopped["step"] == figures["steps"]
     kept = checkpoints(tmp_path)
-    fit = {s: c["objective"] for s, c in kept.items() if s <= stopped["since"] and c["objective"] is not None}
+    refused = refused_steps(run.watch.guards, run.log.rows)
+    sound = {s: c for s, c in kept.items() if s <= stopped["since"] and s not in refused}
+    fit = {s: c["objective"] for s, c in sound.items() if c["objective"] is not None}
     assert fit[back] == max(fit.values())
     assert max(kept, key=lambda s: kept[s]["objective"] or 0) > stopped["since"]  # what is sick is paid best
     now = {n: p.detach() for n, p in run.trained.items()}

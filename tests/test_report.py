@@ -55,7 +55,7 @@ def all_records():
                 dict(claimed=0.7, observed=0.6, low=0.4, high=0.8, n=4)]))),
         "ppo": made("ppo", dict(
             steps=4, completion_tokens=99, samples_per_second=1.5, resumed_from=EVIL, restored_to=3,
-            stopped=dict(guard=EVIL, step=4, since=3),
+            stopped=dict(guard=EVIL, step=4, since=3), task="rules",
             heldout=dict(before=side, after=side | dict(reward=0.4), gain=-0.2, gain_error=0.05, answers=told)),
             ppo={"engine": EVIL}),
         "constitution": made("constitution", dict(judge=EVIL, measured=[
@@ -200,6 +200,42 @@ def test_a_question_that_outweighs_the_others_is_named(run, settings, change, to
         result["heaviest"] |= change
     text = "".join(Page(report_html(records, settings, run)).texts)
     assert ("the others, the loss fell by 62.5%" in " ".join(text.split())) is told and "None" not in text
+
+
+def said(records, settings, run):
+    "The words of the page, in one line."
+    return " ".join("".join(Page(report_html(records, settings, run)).texts).split())
+
+
+@pytest.mark.parametrize("passed", [True, False])
+@pytest.mark.parametrize("paid", [None, "rules", "model", "both"])
+def test_the_page_says_what_ppo_was_paid_by(run, settings, passed, paid):
+    "A page that says PPO refuses, above the curves of PPO, is wrong."
+    records = all_records()
+    records["reward"]["result"]["passed"] = passed
+    if paid is None:
+        del records["ppo"]
+        (run.root / "ppo" / "result.json").unlink()
+    else:
+        records["ppo"]["result"]["task"] = paid
+        write_json(run.root / "ppo" / "result.json", records["ppo"])
+    text = said(records, settings, run)
+    assert ("PPO will refuse to train against this reward, unless task.force is set." in text) is (
+        paid is None and not passed
+    )
+    assert ("PPO may train against this reward." in text) is (paid is None and passed)
+    assert ("this model was not used" in text) is (paid == "rules")
+    assert ("PPO was trained against this reward" in text) is (paid in ("model", "both"))
+    assert ("half and half" in text) is (paid == "both")
+    assert ("because task.force was set" in text) is (paid in ("model", "both") and not passed)
+
+
+def test_a_sick_end_is_told(run, settings):
+    records = all_records()
+    assert "stopped the run at step 4" in said(records, settings, run)
+    records["ppo"]["result"]["sick_at_end"] = ["kl_max", "length"]
+    text = said(records, settings, run)
+    assert "the end of the run was refused by kl_max, length." in text and "stopped the run" not in text
 
 
 def test_a_policy_that_got_worse_is_not_said_to_have_risen(run, settings):

@@ -21,12 +21,13 @@ from tqdm.std import tqdm
 from transformers import get_scheduler
 
 # %% ../../nbs/05b_ppo.train.ipynb #88e146a9
-from ..guards import Action, Decision, Watch
+from ..guards import Action, Decision, Watch, last_healthy
 from ..models import precision
 from ..monitor import peak_memory_gib, scale_lr
 from .batch import Batch, keep_for_replay, look_back, measure, scored
 from .batch import set_advantages, with_replayed
-from .checkpoints import best_step, checkpoints, forget, load_checkpoint, run_key, save_checkpoint
+from .checkpoints import best_step, checkpoints, drift, forget
+from .checkpoints import load_checkpoint, refused_steps, run_key, save_checkpoint
 from .config import PPOConfig, PPOError
 from .control import AdaptiveKL, FixedKL, Lagrangian, Replay, too_far
 from .losses import masked_mean, penalize_unended, policy_loss, ppo_loss, value_loss, whiten
@@ -105,6 +106,7 @@ def steer(self: PPOTrainer, guards, lr_factor: float):
     self.replay = Replay(c.replay_capacity, c.replay_max_age, c.replay_alpha) if c.replay else None
     self.counts = dict(done=0, tokens=0, skipped=0, in_a_row=0)
     self.stopped, self.identity, self.samples, self.spent, self.objectives = None, None, [], {}, []
+    self.first_norms = {}  # of the reward, as the first batch left them
     self.watch = Watch(self.log, guards, {Action.STOP: self.stop, Action.RAISE_BETA: lambda d: self.kl.scale(2.0),
         Action.LOWER_LR: lambda d: scale_lr(self.optimizer, self.scheduler, lr_factor)})
     raising = [g.name for g in guards if g.action == Action.RAISE_BETA]
@@ -280,11 +282,13 @@ def one_step(self: PPOTrainer) -> dict:
         look_back(batch, self.models, self.rollout, together, early)
         set_advantages(batch, self.kl.beta, c.kl_estimator, c.gamma, c.lam, c.whiten_rewards, self.price, self.whitened)
     with _clock(self.spent, "update"): learnt = self.update(batch)
-    found = self.over_all(measure(batch), batch.fresh) | learnt
+    moved = dict(drift=drift(self.reward.fn, self.first_norms))
+    found = self.over_all(measure(batch) | moved, batch.fresh) | learnt
     rate = self.optimizer.param_groups[0]["lr"]
     found |= dict(kl_coef=self.kl.beta, learning_rate=rate, skipped_updates=n["skipped"])
     if self.price: found |= dict(lagrange=self.price.value, cost_limit=self.price.limit)
-    found |= dict(objective=found["reward"] - c.kl_coef * found["kl"] * found["completion_length"])
+    steady = found["reward"] + found.pop("drift")
+    found |= dict(objective=steady - c.kl_coef * found["kl"] * found["completion_length"])
     self.kl.update(found["kl_per_completion"], c.batch_size)
     if self.price: self.price.update(found["cost"])
     if self.replay is not None: keep_for_replay(batch, self.replay, n["done"])
@@ -309,6 +313,7 @@ def state(self: PPOTrainer) -> dict:
     found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
     found["faults"] = gather_object([dict(self.reward.counts)])
     found["norms"] = gather_object([{k: asdict(norm) for k, norm in self.norms().items()}])
+    found["first_norms"] = gather_object([self.first_norms])
     recent = list(zip(*self.objectives[-5:])) or [(None,)] * 2
     means = [None if None in x else sum(x) / len(x) for x in recent]
     limit = self.config.cost_limit
@@ -330,10 +335,11 @@ def key(self: PPOTrainer) -> str:
 @patch
 def save(self: PPOTrainer):
     "A checkpoint of now, and the samples so far; the main process writes."
-    state = self.state()
+    state, guards, rows = self.state(), self.watch.guards, self.log.rows
     def write():
         save_checkpoint(self.folder, self.counts["done"], self.trained, self.optimizer, state)
-        if not self.stopped: forget(self.folder, self.config.save_total_limit)
+        held = refused_steps(guards, rows), last_healthy(guards, rows)
+        if not self.stopped: forget(self.folder, self.config.save_total_limit, *held)
         write_jsonl(self.folder / "samples.jsonl", self.samples)
     on_main(write)
 
@@ -355,6 +361,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     if self.replay is not None: self.replay.load_state_dict(state["replay"][rank()])
     self.reward.counts.update(state["faults"][rank()])
     for k, norm in state["norms"][rank()].items(): vars(self.norms()[k]).update(norm)
+    self.first_norms = state["first_norms"][rank()]
     self.scheduler.load_state_dict(state["scheduler"])
     self.log.rewind(self.counts["done"])
     return there[-1]
@@ -363,13 +370,19 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
 @patch
 def restore(self: PPOTrainer):
     "Put the weights of the best checkpoint back."
-    until = self.stopped["since"] if self.stopped else None
-    step = on_main(lambda: best_step(checkpoints(self.folder), until))
+    until, who = (self.stopped["since"], self.stopped["guard"]) if self.stopped else (None, "checkpoints")
+    def choose():
+        found = checkpoints(self.folder)
+        return best_step(found, until, refused_steps(self.watch.guards, self.log.rows)), best_step(found)
+    step, by_objective = on_main(choose)
     if step is None: return
     load_checkpoint(self.folder, step, self.trained)
     self.restored = step
-    if self.stopped: self.log.event(self.counts["done"], "restored", self.stopped["guard"],
-                                    f"weights of step {step}: the best one up to step {until}")
+    if step == by_objective and not self.stopped: return
+    reach = "" if until is None else f" up to step {until}"
+    message = f"weights of step {step}: the best one{reach}, refused ones last; by objective alone: {by_objective}"
+    told = [r["message"] for r in self.log.rows if r.get("event") == "restored"]
+    if message not in told: self.log.event(self.counts["done"], "restored", who, message, final=True)
 
 @patch
 def note_samples(self: PPOTrainer):
@@ -386,7 +399,7 @@ def note_samples(self: PPOTrainer):
 @patch
 def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     "All steps; a run that was cut off goes on from its last checkpoint."
-    began, self.restored = time.perf_counter(), None
+    began, self.restored, self.ended = time.perf_counter(), None, []
     resumed, c = self.resume() if resume else None, self.config
     if resumed is None: self.save()
     bar = tqdm(total=self.steps, initial=self.counts["done"], desc="PPO", disable=self.quiet or not is_main())
@@ -401,6 +414,7 @@ def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
             if last or self.counts["done"] % c.save_steps == 0:
                 self.note_samples()
                 self.save()
+    if not self.stopped: self.ended = [decision.guard for decision in self.watch.end()]
     self.restore()
     on_main(lambda: save_policy(self.models, self.folder / "adapter") and None)
     return self.figures(resumed) | dict(seconds=round(time.perf_counter() - began, 1))
@@ -415,8 +429,9 @@ def figures(self: PPOTrainer, resumed: int | None) -> dict:
             for end, part in (("first", rows[:quarter]), ("last", rows[-quarter:]))} if rows else {}
     error = float(np.std([r["reward"] for r in rows[:quarter]], ddof=1) / quarter**0.5) if quarter > 1 else None
     return ends | dict(reward_error=error, steps=self.counts["done"], planned_steps=self.steps, processes=world_size(),
-        resumed_from=resumed, restored_to=self.restored, stopped=self.stopped, completion_tokens=self.counts["tokens"],
-        skipped_updates=self.counts["skipped"], reward_faults=dict(self.reward.counts),
+        resumed_from=resumed, restored_to=self.restored, stopped=self.stopped, sick_at_end=self.ended,
+        completion_tokens=self.counts["tokens"], skipped_updates=self.counts["skipped"],
+        reward_faults=dict(self.reward.counts),
         samples_per_second=float(np.median([r["samples_per_second"] for r in rows])) if rows else None,
         seconds_by_part={k: round(sum(r.get(f"seconds_{k}", 0) for r in rows), 1)
                          for k in ("generate", "reward", "look_back", "update")},
