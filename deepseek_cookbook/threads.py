@@ -98,7 +98,7 @@ class Choice:
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads or 'default'} threads"
-        changed = f"; changed {self.changes} times since" if self.changes else ""
+        changed = f"; changes since: {self.changes}" if self.changes else ""
         return f"{threads} on {self.cores} cores, {self.wait}: {self.why}{changed}"
 
 # %% ../nbs/00j_threads.ipynb #fd1d34fc

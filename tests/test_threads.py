@@ -186,7 +186,7 @@ def test_threads_follow_the_load_and_come_back(clean):
     assert threads.adapt_threads() == torch.get_num_threads() == 1
     assert threads.adapt_threads() == 1  # too soon to tell
     assert threads.adapt_threads() == torch.get_num_threads() == 2
-    assert threads.current().changes == 2 and "changed 2 times" in str(threads.current())
+    assert threads.current().changes == 2 and "changes since: 2" in str(threads.current())
 
 
 def test_an_equal_load_changes_nothing():
