@@ -10,14 +10,13 @@ PYTHON  ?= python3
 PROFILE ?= laptop
 SET     ?=
 export DSC_PROFILE = $(PROFILE)
-# OpenMP threads that spin on a busy core collapse: 15.6 -> 2 tokens/s. Let them sleep.
-export OMP_WAIT_POLICY = PASSIVE
-export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN    := .venv/bin
 EXTRAS := quant,serve,data,augment,reward,safety,track,docs,dev
 READY  := .venv/.installed
+# `cook` chooses its threads from the load of the moment; other programs get what suits it as variables.
+THREADS = eval "$$($(BIN)/deepseek-cookbook threads)"
 
 .PHONY: cook test docs lab save bench bench-ppo lint wheels lock clean
 .DELETE_ON_ERROR:
@@ -33,16 +32,16 @@ docs: $(READY)
 	@$(BIN)/python scripts/build_docs.py
 
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs
+	@$(THREADS); $(BIN)/jupyter lab nbs
 
 save: $(READY)
 	@$(BIN)/python scripts/save_notebooks.py $(NB)
 
 bench: $(READY)
-	@$(BIN)/python scripts/bench/sft.py --steps 40
-	@$(BIN)/python scripts/bench/packing.py
-	@$(BIN)/python scripts/bench/precision.py --steps 24
-	@$(BIN)/python scripts/bench/clean.py
+	@$(THREADS); $(BIN)/python scripts/bench/sft.py --steps 40
+	@$(THREADS); $(BIN)/python scripts/bench/packing.py
+	@$(THREADS); $(BIN)/python scripts/bench/precision.py --steps 24
+	@$(THREADS); $(BIN)/python scripts/bench/clean.py
 
 # Beside TRL 1.12.0, the last one with a PPO trainer, in an environment of its own: .venv-trl112.
 bench-ppo: $(READY)

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from .guards import Action, Decision, Guard, MonitorConfig, Watch, judge, make_guards, smooth
 from .runlog import METRICS, MetricsLog, MonitorError, Series, make_trackers, read_metrics, series
+from .threads import adapt_threads
 
 # %% ../nbs/00i_monitor.ipynb #2e32085b
 def scale_lr(
@@ -139,7 +140,8 @@ def _hold(self: MonitorCallback, control):
 
 @patch
 def on_step_begin(self: MonitorCallback, args, state, control, **kwargs):
-    "Start the clock."
+    "As many threads as the load allows, and start the clock."
+    adapt_threads()
     self.began = time.perf_counter()
 
 @patch

@@ -15,6 +15,7 @@ from pathlib import Path
 from .data.convert import check_chat, preference_row
 from .data.formats import FIELDS, OPTIONAL, DataError, check_record, iter_lines
 from .settings import Settings, load_settings, nearest, write_json
+from .threads import choose_threads
 
 # %% ../nbs/11a_train_rl.ipynb #98721e4f
 ARGUMENTS = {  # argument: the setting that it is, and what that means
@@ -197,6 +198,7 @@ def main(
 ) -> int:  # exit code: 0, 1 for an error that was told, 2 for a wrong command line, 130 for Ctrl-C
     "The command: one message for whatever goes wrong, in whichever process."
     import typer
+    choose_threads()  # before the imports that load PyTorch
     from deepseek_cookbook.cli import as_team, quiet_libraries
     from deepseek_cookbook.sft.distributed import TeamError, is_main, one_failure
     try:

@@ -10,9 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 profile="${PROFILE:-laptop}"
 
-# OpenMP threads that spin on a busy core collapse: 15.6 -> 2 tokens/s. Let them sleep.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
-
 if [[ "$profile" == laptop ]]; then deepseek-cookbook fetch; fi
 
 # data -> SFT -> reward -> PPO -> principles -> evaluation -> report

@@ -22,6 +22,8 @@ from pathlib import Path
 import psutil
 from check_notebooks import ROOT, check_fresh, code_hash, directives, find_notebooks
 
+from deepseek_cookbook.threads import look, marked
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepseek-cookbook")
 INDEX = ROOT / "nbs" / "index.ipynb"
 # The last cell of every run: what the kernel used. VmHWM is the peak of resident memory on Linux.
@@ -69,9 +71,8 @@ def execute(
     notebook = nbformat.read(path, as_version=4)
     probe = nbformat.v4.new_code_cell(PROBE)
     notebook.cells.append(probe)
-    env = {**os.environ, "DSC_PROFILE": profile, "PYTHONHASHSEED": "0"}
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0")):
-        env.setdefault(name, value)
+    env = {**os.environ, "DSC_PROFILE": profile, "PYTHONHASHSEED": "0", **marked(look().variables)}
+    env.setdefault("HF_HUB_OFFLINE", "1")
     folder = {"metadata": {"path": str(path.parent)}}
     client = Client(notebook, timeout=timeout, kernel_name="python3", resources=folder)
     client.extra_arguments = ["--IPKernelApp.log_level=40"]

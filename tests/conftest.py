@@ -1,4 +1,4 @@
-"""What all tests share: the root of the repository, no network but loopback, threads that sleep, the built site."""
+"""What all tests share: the root of the repository, no network but loopback, one thread, the built site."""
 
 import importlib.util
 import os
@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GUARD = ROOT / "tests" / "no_network"
 
 for _name, _value in {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "0",
+    "OMP_NUM_THREADS": "1",  # `make test` has two workers
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }.items():

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from deepseek_cookbook import doctor
 from deepseek_cookbook.doctor import GIB, Check, GpuFacts
+from deepseek_cookbook.threads import decide
 
 A100 = GpuFacts("NVIDIA A100-SXM4-80GB", "535.104.05", 80 * GIB, (8, 0), "12.8", "2.13.0+cu128", usable=True)
 NONE = GpuFacts(torch="2.13.0+cpu")
@@ -100,19 +101,41 @@ def test_constraints_are_found_upward(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, status, word",
+    "flags, capability, precision, limits, status, found",
     [
-        (None, "skip", "unknown"),
-        ({"avx2", "avx512f", "avx512_bf16"}, "ok", "AVX-512"),
-        ({"avx2", "avx512f"}, "warn", "no bf16"),
-        ({"asimd", "bf16"}, "ok", "NEON"),
-        (set(), "warn", "SSE"),
+        (None, None, None, (), "skip", "X: unknown, no bf16; training in float32"),
+        ({"avx2", "avx512_bf16"}, "AVX512", "bfloat16", (), "ok", "X: AVX512, avx512_bf16; training in bfloat16"),
+        ({"avx2", "avx512f"}, "AVX512", "float32", (), "warn", "X: AVX512, no bf16; training in float32"),
+        ({"asimd", "bf16"}, "DEFAULT", "float32", (), "ok", "X: DEFAULT, bf16; training in float32"),
+        ({"amx_bf16"}, "AVX512", "float32", ("ONEDNN_MAX_CPU_ISA=AVX2",), "warn", "ONEDNN_MAX_CPU_ISA=AVX2"),
+        ({"amx_bf16"}, "AVX2", "bfloat16", ("ATEN_CPU_CAPABILITY=avx2",), "ok", "ATEN_CPU_CAPABILITY=avx2"),
     ],
 )
-def test_processor(flags, status, word):
-    check = doctor.check_cpu(flags)
+def test_processor(flags, capability, precision, limits, status, found):
+    check = doctor.check_cpu(doctor.CpuFacts("X", flags, capability, precision, limits))
     assert check.status == status
-    assert word in check.found
+    assert found in check.found
+    assert bool(check.advice) == (status == "warn")
+
+
+def test_the_name_of_the_processor(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 9555\nmodel name\t: other\n")
+    assert doctor.cpu_name(tmp_path / "cpuinfo") == "AMD EPYC 9555"
+    assert doctor.cpu_name(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("limit", [{}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}])
+def test_the_processor_as_pytorch_sees_it(monkeypatch, limit):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for name, value in limit.items():
+        monkeypatch.setenv(name, value)
+    facts = doctor.cpu_facts(os.environ)
+    assert facts.precision == ("float32" if limit else "bfloat16")
+    assert facts.capability == torch.backends.cpu.get_cpu_capability()
+    assert ("ONEDNN_MAX_CPU_ISA=AVX2" in facts.instructions) == bool(limit)
 
 
 def test_flags_of_intel_arm_and_no_such_file(tmp_path):
@@ -124,18 +147,23 @@ def test_flags_of_intel_arm_and_no_such_file(tmp_path):
     assert doctor.cpu_flags(tmp_path / "absent") is None
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the variables matter on Linux")
 @pytest.mark.parametrize(
-    "cores, environ, status",
+    "free, cores, environ, status",
     [
-        (2, {"OMP_WAIT_POLICY": "passive"}, "ok"),
-        (8, {"OMP_NUM_THREADS": "1"}, "ok"),
-        (8, {"OMP_NUM_THREADS": "8"}, "warn"),
-        (1, {"OMP_WAIT_POLICY": "PASSIVE"}, "warn"),
+        (2.0, 2, {}, "ok"),
+        (1.0, 2, {}, "ok"),
+        (None, 2, {}, "ok"),
+        (1.0, 1, {}, "warn"),
+        (8.0, 8, {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}, "ok"),
+        (2.0, 2, {"OMP_WAIT_POLICY": "passive"}, "warn"),
+        (2.0, 2, {"GOMP_SPINCOUNT": "0"}, "warn"),
+        (2.0, 2, {"OMP_NUM_THREADS": "4"}, "warn"),
     ],
 )
-def test_cores(cores, environ, status):
-    assert doctor.check_cores(cores, environ).status == status
+def test_threads(free, cores, environ, status):
+    check = doctor.check_threads(decide(free, cores, environ))
+    assert check.status == status
+    assert bool(check.advice) == (status != "ok")
 
 
 @pytest.mark.parametrize("gib, status", [(0.5, "fail"), (2, "warn"), (5.9, "warn"), (6, "ok"), (500, "ok")])

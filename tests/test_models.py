@@ -129,10 +129,24 @@ def test_precision_by_compute_capability(capability, half, tf32):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_precision_on_a_cpu(monkeypatch, bf16, tmp_path):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     p = precision("cpu")
     assert p.weights == torch.float32 and p.autocast == (torch.bfloat16 if bf16 else None) and not p.tf32
     arguments = TrainingArguments(output_dir=str(tmp_path), **p.arguments())
     assert arguments.bf16 is bf16 and not arguments.fp16 and not arguments.gradient_checkpointing
+
+
+@pytest.mark.parametrize("limit, bf16", [
+    (None, True), ("ALL", True), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True), ("AVX10_1_512", True),
+    ("nonsense", True), ("AVX512_CORE", False), ("avx512_core_vnni", False), ("AVX2", False), ("SSE41", False)])
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_limit_on_instructions_is_respected(monkeypatch, name, limit, bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(variable, raising=False)
+    if limit:
+        monkeypatch.setenv(name, limit)
+    assert precision("cpu").autocast == (torch.bfloat16 if bf16 else None)
 
 
 def test_the_line_of_the_article_fails():

@@ -1,6 +1,7 @@
 """The path: what is skipped, what runs again, and what is never taken for whole."""
 
 import json
+from html import escape
 
 import pytest
 from filelock import FileLock
@@ -38,6 +39,10 @@ def test_every_phase_leaves_a_whole_result(walked):
     for name, record in records.items():
         assert json.loads((folder / "tiny" / name / "result.json").read_text()) == json.loads(json.dumps(record))
         assert record["seconds"] > 0 and record["peak_memory_gib"] > 0 and record["made_with"]["torch"]
+    made = records["report"]["made_with"]
+    assert made["threads"] == 1 and "thread" in made["threads_chosen"] and made["waiting"]
+    page = (folder / "tiny" / "report.html").read_text()
+    assert all(escape(str(made[name])) in page for name in ("processor", "instructions", "precision", "threads_chosen"))
     assert (folder / "tiny" / "report.html").is_file()
 
 

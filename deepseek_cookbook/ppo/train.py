@@ -39,6 +39,7 @@ from ..runlog import MetricsLog
 from ..settings import write_jsonl
 from ..sft.adapters import base_name
 from ..sft.distributed import is_main, on_main, rank, world_size
+from ..threads import adapt_threads
 
 # %% ../../nbs/05b_ppo.train.ipynb #eb137ffc
 class PPOTrainer:
@@ -122,7 +123,8 @@ def stop(self: PPOTrainer, decision: Decision):
 # %% ../../nbs/05b_ppo.train.ipynb #2505df08
 @contextmanager
 def _clock(spent: dict, name: str):
-    "Add the seconds of a block to `spent[name]`."
+    "Add the seconds of a block to `spent[name]`; it gets as many threads as the load allows."
+    adapt_threads()
     began = time.perf_counter()
     try: yield
     finally: spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
