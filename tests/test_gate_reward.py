@@ -147,22 +147,27 @@ def test_a_report_of_other_weights_is_refused(tmp_path):
         load_gate(tmp_path)
 
 
-def test_bad_models_are_stopped(tmp_path):
+@pytest.mark.learning
+def test_bad_models_are_stopped(tmp_path, seed, spread):
     """A head with random weights, and a model that learnt from exchanged labels."""
     from deepseek_cookbook.models import load_tokenizer
     from deepseek_cookbook.reward.model import RewardModel, load_reward_model, train_reward
 
-    random = RewardModel(load_reward_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama"))
+    random = RewardModel(load_reward_model("tiny-llama", device="cpu", seed=seed), load_tokenizer("tiny-llama"))
+    report = gate(random, HELDOUT, OOD[:20])
+    spread("random accuracy", row(report, "held-out accuracy")["value"])
     with pytest.raises(GateError, match="held-out accuracy"):
-        check_gate(gate(random, HELDOUT, OOD[:20]))
-    some = [p for p in bank_pairs(600, held=2)[0] if p["dimension"] == "concise"]
+        check_gate(report)
+    some = [p for p in bank_pairs(600, seed, held=2)[0] if p["dimension"] == "concise"]
     flip = [p | dict(chosen=p["rejected"], rejected=p["chosen"]) for p in some]
     short = ["reward.disable_tqdm=true", "reward.max_steps=20", "reward.eval_steps=20", "reward.save_steps=20",
-             "reward.per_device_train_batch_size=8"]
+             "reward.per_device_train_batch_size=8", f"run.seed={seed}"]
     flipped, figures = train_reward(load_settings("tiny", short), flip[32:], flip[:32], tmp_path)
-    assert figures["eval_accuracy"] > 0.6
+    assert spread("accuracy on exchanged", figures["eval_accuracy"]) > 0.6
+    report = gate(flipped, some[:32])
+    spread("mean margin", row(report, "mean margin")["value"])
     with pytest.raises(GateError, match="mean margin"):
-        check_gate(gate(flipped, some[:32]))
+        check_gate(report)
 
 
 def test_the_phase_leaves_files_and_a_report(tmp_path):

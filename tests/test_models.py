@@ -128,11 +128,25 @@ def test_precision_by_compute_capability(capability, half, tf32):
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_precision_on_a_cpu(monkeypatch, bf16, tmp_path):
+    monkeypatch.delenv("DSC_CPU_PRECISION", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     p = precision("cpu")
     assert p.weights == torch.float32 and p.autocast == (torch.bfloat16 if bf16 else None) and not p.tf32
     arguments = TrainingArguments(output_dir=str(tmp_path), **p.arguments())
     assert arguments.bf16 is bf16 and not arguments.fp16 and not arguments.gradient_checkpointing
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_on_a_cpu_can_be_said(monkeypatch, bf16):
+    "Whatever the processor can do; scripts/other_cpus.py relies on it."
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not bf16})
+    monkeypatch.setenv("DSC_CPU_PRECISION", "bfloat16" if bf16 else "float32")
+    assert precision("cpu").autocast == (torch.bfloat16 if bf16 else None)
+    monkeypatch.setenv("DSC_CPU_PRECISION", "")
+    assert precision("cpu").autocast == (None if bf16 else torch.bfloat16)
+    monkeypatch.setenv("DSC_CPU_PRECISION", "fp8")
+    with pytest.raises(ModelError, match="DSC_CPU_PRECISION = 'fp8': choose float32 or bfloat16"):
+        precision("cpu")
 
 
 def test_the_line_of_the_article_fails():

@@ -85,7 +85,8 @@ def test_a_replay_buffer_is_filled_and_drawn_from(tmp_path):
     assert len(checkpoints(tmp_path)[4]["replay"][0]["rows"]) == 32
 
 
-def test_a_stopped_run_goes_back_to_the_best_sound_checkpoint_and_stays_stopped(tmp_path):
+@pytest.mark.learning
+def test_a_stopped_run_goes_back_to_the_best_sound_checkpoint_and_stays_stopped(tmp_path, seed, spread):
     "The best by objective is a sick one, the newest are sick or late: the sound one stays all the same."
     wild = ["ppo.full=true", "model.dtype=float32", "ppo.kl_coef=0", "ppo.learning_rate=0.01", "ppo.total_episodes=320"]
     more = ["ppo.batch_size=16", "ppo.per_device_train_batch_size=16", "ppo.save_steps=2", "ppo.save_total_limit=2"]
@@ -94,9 +95,10 @@ def test_a_stopped_run_goes_back_to_the_best_sound_checkpoint_and_stays_stopped(
     def exotic(prompts, completions, **columns):
         return [sum(ord(c) > 127 for c in a[0]["content"]) / 10 for a in completions]
 
-    sick = load_settings("tiny", wild + more + watch)
+    sick = load_settings("tiny", [*wild, *more, *watch, f"run.seed={seed}"])
     figures = train_ppo(sick, ROWS, exotic, tmp_path, quiet=True)[1]
     since, found = figures["stopped"]["since"], checkpoints(tmp_path)
+    spread("since", since), spread("best", best_step(found))
     assert figures["stopped"]["guard"] == "kl_max" and figures["steps"] < figures["planned_steps"]
     assert best_step(found) > since
     assert 0 < figures["restored_to"] <= since and since - figures["restored_to"] < 2
