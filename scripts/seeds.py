@@ -63,7 +63,8 @@ def main(words: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *paths, "-m", "learning", "--learning-seed", args.seeds, *rest,
-                   f"--junitxml={report}", "-p", "no:cacheprovider"]  # fmt: skip
+                   f"--junitxml={report}", "-o", "junit_family=xunit1", "-p", "no:cacheprovider",
+                   "--disable-warnings"]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         found = results(report) if report.is_file() else {}
     if done.returncode:

@@ -43,7 +43,7 @@ def learning_seeds(text: str) -> list[int]:
 def pytest_generate_tests(metafunc):
     "Several seeds: a learning test runs once for each of them."
     seeds = learning_seeds(metafunc.config.getoption("--learning-seed"))
-    if len(seeds) > 1 and metafunc.definition.get_closest_marker("learning"):
+    if len(seeds) > 1 and "seed" in metafunc.fixturenames and metafunc.definition.get_closest_marker("learning"):
         metafunc.parametrize("seed", seeds, ids=lambda seed: f"seed{seed}")
 
 

@@ -81,15 +81,16 @@ def test_kept_lower_states_equal_the_full_pass(name, layers):
         assert (a - b).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_rewards_of_a_batch_sum_to_score_minus_kl(beta, monkeypatch):
+@pytest.mark.parametrize("beta, estimator", [(0.0, "k1"), (0.3, "k1"), (0.3, "k3")])
+def test_rewards_of_a_batch_sum_to_score_minus_kl(beta, estimator, monkeypatch):
     batch, _ = looked_up()
     seen = []
     monkeypatch.setattr(B, "gae", lambda r, *a: seen.append(r) or gae(r, *a))
     gae = T.__dict__.get("gae") or __import__("deepseek_cookbook.ppo.losses", fromlist=["gae"]).gae
-    set_advantages(batch, beta)
+    set_advantages(batch, beta, estimator)
     for i, n in enumerate(batch.rollout.lengths_B.tolist()):
         kl = (batch.old_BC - batch.ref_BC)[i, :n]
+        kl = kl if estimator == "k1" else torch.exp(-kl) - 1 + kl
         assert seen[0][i].sum().item() == pytest.approx(batch.score_B[i].item() - beta * kl.sum().item(), abs=1e-5)
         assert seen[0][i, n - 1].item() == pytest.approx(batch.score_B[i].item() - beta * kl[-1].item(), abs=1e-5)
         assert (seen[0][i, n:] == 0).all()

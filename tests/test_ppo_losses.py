@@ -434,4 +434,4 @@ def test_a_bandit_is_learnt_with_these_functions(seed, spread):
             logits.data -= 2.0 * slope
         scores.append(score.mean().item())
     first, last = statistics.mean(scores[:5]), statistics.mean(scores[-5:])
-    assert spread("first", first) < 0.5 and spread("last", last) > 0.9
+    assert spread("first", first) < 0.6 and spread("last", last) > 0.9

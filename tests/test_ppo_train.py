@@ -212,7 +212,7 @@ def test_old_log_probabilities_are_those_before_the_first_update(tmp_path, parts
     assert (run.last.old_BC - old)[mask].abs().max() < 1e-5
     assert logged(run, "entropy")[-1] == pytest.approx(float(entropy[mask].mean()), abs=1e-5)
     assert logged(run, "kl")[-1] == pytest.approx(float((old - run.last.ref_BC)[mask].mean()), abs=1e-5)
-    assert spread("kl", abs(logged(run, "kl")[-1])) > 1e-3
+    assert spread("kl", logged(run, "kl_k3")[-1]) > 1e-3  # never negative: k1 may be near 0 by chance
 
 
 # ---------------------------------------------------------------- KL

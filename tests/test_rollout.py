@@ -287,11 +287,11 @@ def test_only_a_plain_draw_gives_the_kl(seed, spread):
         return k1.mean().item(), (k1.std() / len(k1) ** 0.5).item(), (ours.exp() * (ours - base)).sum(1).mean().item()
 
     k1, error, kl = figures(exact)
-    assert kl > 0 and spread("plain, errors", abs(k1 - kl) / error) < 4
+    assert kl > 0 and spread("plain, errors", abs(k1 - kl) / error) < 5
     with pytest.warns(UserWarning, match="Don't train"):
         off = RolloutConfig(max_new_tokens=10, autocast="float32", temperature=0.3, on_policy=False)
     k1, error, kl = figures(off)
-    assert spread("at 0.3, errors", abs(k1 - kl) / error) > 4
+    assert spread("at 0.3, errors", abs(k1 - kl) / error) > 5
 
 
 def test_autocast_is_chosen_by_name_and_leaves_16_bit_weights_alone():
