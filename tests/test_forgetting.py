@@ -167,6 +167,7 @@ def test_a_model_with_real_weights_is_not_taught(tmp_path):
 
 @pytest.mark.learning
 def test_a_toy_learns_first_and_is_the_base_of_all_runs(tmp_path, seed, spread):
+    "Ten seeds, five of them in FP32 with AVX2: 0.69 to 0.70 of the loss is left."
     settings = load_settings("tiny", [*SETTINGS, f"run.seed={seed}"])
     general = split_general({"python": python_texts()}, held=6)
     tokenizer, raw = load_tokenizer("tiny-llama"), load_model("tiny-llama")

