@@ -49,7 +49,11 @@ def onednn_allows_bf16(environ: dict) -> bool:
     return limit.upper() not in _WITHOUT_BF16
 
 def has_bf16_cpu() -> bool:
-    "Whether this processor multiplies BF16 matrices in hardware."
+    "Whether this processor multiplies BF16 matrices in hardware, or what DSC_CPU_PRECISION says it does."
+    said = os.environ.get("DSC_CPU_PRECISION")
+    if said not in (None, "", "float32", "bfloat16"): raise ModelError(
+        f"DSC_CPU_PRECISION = {said!r}: choose float32 or bfloat16, or unset it to ask the processor")
+    if said: return said == "bfloat16"
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16")) and onednn_allows_bf16(os.environ)
 

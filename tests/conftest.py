@@ -27,6 +27,41 @@ network_guard = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(network_guard)
 
 
+def pytest_addoption(parser):
+    "`--learning-seed 7` runs learning tests with another seed, `--learning-seed 0-19` with each of twenty."
+    parser.addoption("--learning-seed", default="42", metavar="N|N-M", help="of tests marked `learning`")
+
+
+def learning_seeds(text: str) -> list[int]:
+    "The seeds that `--learning-seed` names."
+    first, _, last = text.partition("-")
+    return list(range(int(first), int(last or first) + 1))
+
+
+def pytest_generate_tests(metafunc):
+    "Several seeds: a learning test runs once for each of them."
+    seeds = learning_seeds(metafunc.config.getoption("--learning-seed"))
+    if len(seeds) > 1 and "seed" in metafunc.fixturenames and metafunc.definition.get_closest_marker("learning"):
+        metafunc.parametrize("seed", seeds, ids=lambda seed: f"seed{seed}")
+
+
+@pytest.fixture
+def seed(request) -> int:
+    "The seed of a learning test."
+    return learning_seeds(request.config.getoption("--learning-seed"))[0]
+
+
+@pytest.fixture
+def spread(record_property):
+    "Note a number of a learning test and hand it back: scripts/seeds.py prints how it spreads over seeds."
+
+    def note(name: str, value):
+        record_property(name, float(value))
+        return value
+
+    return note
+
+
 def pytest_configure(config):
     "A test that must reach a package index says so: `@pytest.mark.network`."
     config.addinivalue_line("markers", "network: may connect to other machines")

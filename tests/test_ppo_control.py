@@ -48,15 +48,17 @@ def test_beta_stays_inside_its_bounds_and_finite(kls, n):
             assert beta == before
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("beta", [0.002, 0.05, 1.0])
 @pytest.mark.parametrize("pull", [0.1, 0.5])
-def test_adaptive_kl_reaches_its_target(beta, pull):
-    control, g, kl, seen = AdaptiveKL(beta, target=6.0, horizon=160), torch.Generator().manual_seed(1), 0.0, []
+def test_adaptive_kl_reaches_its_target(beta, pull, seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: 5.85 to 6.23."
+    control, g, kl, seen = AdaptiveKL(beta, target=6.0, horizon=160), torch.Generator().manual_seed(seed), 0.0, []
     for _ in range(500):
         kl += pull * (0.3 / control.beta - kl)
         seen.append(kl)
         control.update(kl * (1 + 0.2 * torch.randn((), generator=g).item()), 16)
-    assert sum(seen[-100:]) / 100 == pytest.approx(6.0, rel=0.1)
+    assert spread("KL", sum(seen[-100:]) / 100) == pytest.approx(6.0, rel=0.1)
 
 
 def test_fixed_kl_stays_and_can_be_scaled():
@@ -196,12 +198,16 @@ def tempted(price, seed, steps=300):
     return torch.tensor(costs[100:])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_constrained_policy_keeps_its_limit_where_the_plain_one_does_not(seed):
-    assert tempted(None, seed).mean() > 0.9
-    damped = tempted(Lagrangian(limit=0.25, damping=5), seed)
-    assert damped.mean() == pytest.approx(0.25, abs=0.02)
-    assert damped.std() < 0.5 * tempted(Lagrangian(limit=0.25, damping=0), seed).std()
+@pytest.mark.learning
+def test_the_constrained_policy_keeps_its_limit_where_the_plain_one_does_not(seed, spread):
+    """Twenty seeds, ten of them in FP32 with AVX2: costs of 0.995 to 0.996, and of 0.251 to 0.254.
+
+    Damped, 0.25 to 0.34 of their spread is left.
+    """
+    assert spread("plain", tempted(None, seed).mean()) > 0.9
+    damped, undamped = (tempted(Lagrangian(limit=0.25, damping=d), seed) for d in (5, 0))
+    assert spread("damped", damped.mean()) == pytest.approx(0.25, abs=0.02)
+    assert spread("spread left", damped.std() / undamped.std()) < 0.5
 
 
 # replay
@@ -301,11 +307,12 @@ def test_a_replayed_batch_with_weights_gives_the_on_policy_gradient(seed):
     assert torch.allclose(got, wanted, atol=1e-10)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("wrong", [dict(priority=False), dict(ratio=False), dict(level="token")])
-def test_and_without_any_one_of_them_it_does_not(wrong):
-    for seed in range(5):
-        got, wanted = table_gradients(seed, **wrong)
-        assert (got - wanted).norm() > 0.01 * wanted.norm()
+def test_and_without_any_one_of_them_it_does_not(wrong, seed, spread):
+    "Twenty seeds: errors of 0.17 or more of the gradient."
+    got, wanted = table_gradients(seed, **wrong)
+    assert spread("error", (got - wanted).norm() / wanted.norm()) > 0.01
 
 
 def filled(**kwargs):

@@ -97,15 +97,18 @@ def test_one_base_in_memory_for_four_models(tmp_path):
 # ---------------------------------------------------------------- the reference
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_reference_is_the_start(tmp_path, name, started):
+def test_the_reference_is_the_start(tmp_path, name, started, seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: two steps move a log-probability by 0.22 or more."
     folder = start_adapter(tmp_path / "start", name) if started else None
     models = make_models(peaked(name), LORA, folder)
     alone = with_start(folder, name) if started else peaked(name)
     for moved in (False, True):
         if moved:
-            run = trainer(tmp_path / "run", 2, name=name, models=models, learning_rate=1e-2, num_ppo_epochs=2)
+            more = dict(models=models, learning_rate=1e-2, num_ppo_epochs=2, seed=seed)
+            run = trainer(tmp_path / "run", 2, name=name, **more)
             run.train()
         rollout = said_by(models, name)
         mask = rollout.completion_mask_BC
@@ -115,7 +118,7 @@ def test_the_reference_is_the_start(tmp_path, name, started):
         assert (ref - plain)[mask].abs().max() < 1e-5
         with models.as_policy():
             now, _ = score(models.policy, rollout, EXACT)
-        assert ((now - ref)[mask].abs().max() > 1e-3) == moved
+        assert (spread(f"moved {moved}", (now - ref)[mask].abs().max()) > 1e-3) == moved
     bare, _ = score(peaked(name), rollout, EXACT)
     assert ((bare - ref)[mask].abs().max() > 1e-3) == started
     assert max(abs(k) for k in logged(run, "kl")[:1]) < 1e-6
@@ -178,14 +181,16 @@ def test_the_saved_adapter_is_start_and_policy_weight_by_weight(tmp_path, name, 
     assert max(config["rank_pattern"].values(), default=0) < config["r"] == LORA["r"] + 3
 
 
-def test_a_trained_policy_is_not_its_start(tmp_path):
+@pytest.mark.learning
+def test_a_trained_policy_is_not_its_start(tmp_path, seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: each matrix moves by 0.017 or more somewhere."
     folder = start_adapter(tmp_path / "start")
     models = make_models(peaked(), LORA, folder)
-    run = trainer(tmp_path / "run", 3, models=models, learning_rate=1e-2)
+    run = trainer(tmp_path / "run", 3, models=models, learning_rate=1e-2, seed=seed)
     run.train()
     saved = with_start(tmp_path / "run" / "adapter")
     before, after = deltas(models.policy, "start"), deltas(saved, "default")
-    assert all(not torch.allclose(after[p], before[p], atol=1e-5) for p in before)
+    assert spread("least moved", min((after[p] - before[p]).abs().max() for p in before)) > 1e-5
     for path, x in deltas(models.policy, "start", "policy").items():
         assert torch.allclose(after[path], x, atol=1e-6)
     kept = load_file(folder / "adapter_model.safetensors")  # and the start is as it was

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deepseek_cookbook.guards import make_guards
+from deepseek_cookbook.guards import Action, Guard
 from deepseek_cookbook.models import load_model, load_tokenizer
+from deepseek_cookbook.ppo import task
 from deepseek_cookbook.ppo.checkpoints import (
     CheckpointError,
     best_step,
@@ -17,7 +18,6 @@ from deepseek_cookbook.ppo.checkpoints import (
     checkpoints,
     forget,
     load_checkpoint,
-    refused_steps,
     save_checkpoint,
 )
 from deepseek_cookbook.ppo.policy import make_models, save_policy
@@ -87,25 +87,27 @@ def test_a_replay_buffer_is_filled_and_drawn_from(tmp_path):
     assert len(checkpoints(tmp_path)[4]["replay"][0]["rows"]) == 32
 
 
-def test_a_stopped_run_goes_back_to_the_best_sound_checkpoint_and_stays_stopped(tmp_path):
-    "The best by objective is a sick one, the newest are sick or late: the sound one stays all the same."
-    wild = ["ppo.full=true", "model.dtype=float32", "ppo.kl_coef=0", "ppo.learning_rate=0.01", "ppo.total_episodes=320"]
-    more = ["ppo.batch_size=16", "ppo.per_device_train_batch_size=16", "ppo.save_steps=2", "ppo.save_total_limit=2"]
-    watch = ["monitor.kl_max=0.3", "monitor.window=3", "monitor.patience=2"]
+def test_a_stopped_run_goes_back_to_the_best_sound_checkpoint_and_stays_stopped(tmp_path, monkeypatch):
+    """The best by objective is a sick one, the newest are sick or late: the sound one stays all the same.
 
-    def exotic(prompts, completions, **columns):
-        return [sum(ord(c) > 127 for c in a[0]["content"]) / 10 for a in completions]
+    The guard looks at the number of the step and the reward rises with it, so that no trajectory decides.
+    """
+    late = Guard("late", "reward", lambda s: s.steps > 5, Action.STOP, patience=2)
+    monkeypatch.setattr(task, "make_guards", lambda config: [late])
+    more = ["ppo.total_episodes=80", "ppo.save_steps=2", "ppo.save_total_limit=2", "ppo.kl_coef=0"]
+    calls = []
 
-    sick = load_settings("tiny", wild + more + watch)
-    figures = train_ppo(sick, ROWS, exotic, tmp_path, quiet=True)[1]
-    since, found = figures["stopped"]["since"], checkpoints(tmp_path)
-    assert figures["stopped"]["guard"] == "kl_max" and figures["steps"] < figures["planned_steps"]
-    assert best_step(found) > since
-    refused = refused_steps(make_guards(sick.build("monitor")), read_jsonl(tmp_path / "metrics.jsonl"))
-    assert 0 < figures["restored_to"] <= since and figures["restored_to"] not in refused
-    assert figures["restored_to"] == best_step(found, since, refused)
-    again = train_ppo(sick, ROWS, exotic, tmp_path, quiet=True)[1]
-    assert (again["steps"], again["restored_to"]) == (figures["steps"], figures["restored_to"])
+    def rising(prompts, completions, **columns):
+        calls.append(1)
+        return [len(calls) + x / 10 for x in letters(prompts, completions)]
+
+    sick = load_settings("tiny", more)
+    figures = train_ppo(sick, ROWS, rising, tmp_path, quiet=True)[1]
+    found = checkpoints(tmp_path)
+    assert figures["stopped"] == dict(guard="late", step=7, since=5) and figures["steps"] == 7
+    assert best_step(found) > 5 and figures["restored_to"] == best_step(found, until=5) == 4
+    again = train_ppo(sick, ROWS, rising, tmp_path, quiet=True)[1]
+    assert (again["steps"], again["restored_to"], len(calls)) == (7, 4, 7)
 
 
 @settings(max_examples=25, deadline=None)

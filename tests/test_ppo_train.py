@@ -136,9 +136,11 @@ def test_every_row_has_its_tests():
 # ---------------------------------------------------------------- what moves
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("name", NAMES)
-def test_every_trained_tensor_moves_and_nothing_else(tmp_path, name):
-    run = trainer(tmp_path, 4, name=name)
+def test_every_trained_tensor_moves_and_nothing_else(tmp_path, name, seed):
+    "Twenty seeds, ten of them in FP32 with AVX2: none stays where it was."
+    run = trainer(tmp_path, 4, name=name, seed=seed)
     before = {n: p.clone() for n, p in run.models.frozen.state_dict().items()}
     run.train()
     moved = {n for n, p in run.models.frozen.state_dict().items() if not torch.equal(p, before[n])}
@@ -168,9 +170,11 @@ def ratios(monkeypatch, run):
 LAYERS = [{}, dict(upper_layers=1), dict(value_layers=1), dict(value_layers=0), dict(upper_layers=1, value_layers=1)]
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autocast):
+def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autocast, seed, spread):
+    "Seven seeds: later log-ratios reach 0.75 or more."
     for layers in LAYERS if name == "tiny-llama" else LAYERS[-1:]:
         with monkeypatch.context() as patch:
             run = trainer(
@@ -183,19 +187,24 @@ def test_the_first_ratio_of_every_step_is_one(tmp_path, monkeypatch, name, autoc
                 num_mini_batches=2,
                 num_ppo_epochs=2,
                 learning_rate=1e-2,
+                seed=seed,
                 **layers,
             )
             first, seen = ratios(patch, run)
         for x in first:
             assert x.abs().max() < 1e-5 if autocast == "float32" else (x == 0).all()
-        assert max(x.abs().max() for _, x in seen) > 1e-3  # and it moves afterwards
+        assert spread("moved", max(x.abs().max() for _, x in seen)) > 1e-3  # and it moves afterwards
         assert all(abs(r - 1) < 1e-5 for r in logged(run, "ratio_first"))
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("parts", [1, 2])
-def test_old_log_probabilities_are_those_before_the_first_update(tmp_path, parts):
-    "Looked up in front of the updates, or read from the first one: KL, entropy and penalty are the same."
-    run = trainer(tmp_path, 3, num_mini_batches=parts, num_ppo_epochs=2, learning_rate=1e-2, kl_coef=0.1)
+def test_old_log_probabilities_are_those_before_the_first_update(tmp_path, parts, seed, spread):
+    """Looked up in front of the updates, or read from the first one: KL, entropy and penalty are the same.
+
+    Twenty seeds, ten of them in FP32 with AVX2: a KL of 0.011 or more.
+    """
+    run = trainer(tmp_path, 3, num_mini_batches=parts, num_ppo_epochs=2, learning_rate=1e-2, kl_coef=0.1, seed=seed)
     plain, states = run.update, []
 
     def update(batch):
@@ -209,7 +218,7 @@ def test_old_log_probabilities_are_those_before_the_first_update(tmp_path, parts
     assert (run.last.old_BC - old)[mask].abs().max() < 1e-5
     assert logged(run, "entropy")[-1] == pytest.approx(float(entropy[mask].mean()), abs=1e-5)
     assert logged(run, "kl")[-1] == pytest.approx(float((old - run.last.ref_BC)[mask].mean()), abs=1e-5)
-    assert abs(logged(run, "kl")[-1]) > 1e-3
+    assert spread("kl", logged(run, "kl_k3")[-1]) > 1e-3  # never negative: k1 may be near 0 by chance
 
 
 # ---------------------------------------------------------------- KL
@@ -246,16 +255,19 @@ def weights(folder, step):
     return load_file(checkpoint_folder(folder, step) / "weights.safetensors")
 
 
-def hacked(folder, **more):
+def hacked(folder, seed, **more):
     "A reward with a hole: repeating one word pays, and nothing holds the policy back."
     guards = make_guards(MonitorConfig(window=3, patience=2, kl_max=0.9, reward_slope_min=None, grad_norm_band=None))
-    return trainer(folder, 40, guards=guards, full=True, learning_rate=5e-3, num_ppo_epochs=2, seed=1, **more)
+    return trainer(folder, 40, guards=guards, full=True, learning_rate=5e-3, num_ppo_epochs=2, seed=seed, **more)
 
 
-def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(tmp_path):
-    run = hacked(tmp_path, save_steps=2, save_total_limit=20)
+@pytest.mark.learning
+def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(tmp_path, seed, spread):
+    "Twenty seeds, ten of them in FP32 with AVX2: stopped after 8 to 18 steps, back to 6 to 16."
+    run = hacked(tmp_path, seed, save_steps=2, save_total_limit=20)
     figures = run.train()
     stopped, back = figures["stopped"], figures["restored_to"]
+    spread("steps", figures["steps"]), spread("restored", back)
     assert stopped["guard"] == "kl_max" and figures["steps"] < 40
     assert 0 < back <= stopped["since"] < stopped["step"] == figures["steps"]
     kept = checkpoints(tmp_path)
@@ -271,7 +283,7 @@ def test_a_hackable_reward_is_stopped_and_the_best_weights_from_before_are_back(
     assert any(not torch.equal(now[n], p) for n, p in last.items())
     events = [(r["event"], r["guard"]) for r in run.log.rows if "event" in r and r["event"] != "note"]
     assert events == [("stop_restore", "kl_max"), ("restored", "kl_max")]
-    again = hacked(tmp_path, save_steps=2, save_total_limit=20)  # run once more: it is over, and stays so
+    again = hacked(tmp_path, seed, save_steps=2, save_total_limit=20)  # run once more: it is over, and stays so
     assert again.train()["steps"] == figures["steps"] and again.restored == back
     assert all(torch.equal(p.detach(), now[n]) for n, p in again.trained.items())
 
@@ -487,15 +499,19 @@ def test_a_batch_without_any_score_ends_the_run(tmp_path):
         trainer(tmp_path / "b", 2, broken).train()
 
 
-def test_the_policy_is_scored_by_its_reference_and_not_by_itself(tmp_path):
-    "After some steps KL is what a copy of the base says, and it is not zero."
-    run = trainer(tmp_path, 6, full=False, learning_rate=1e-2, num_ppo_epochs=2)
+@pytest.mark.learning
+def test_the_policy_is_scored_by_its_reference_and_not_by_itself(tmp_path, seed, spread):
+    """After some steps KL is what a copy of the base says, and it is not zero.
+
+    Twenty seeds, ten of them in FP32 with AVX2: log-probabilities are 1.1 apart or more.
+    """
+    run = trainer(tmp_path, 6, full=False, learning_rate=1e-2, num_ppo_epochs=2, seed=seed)
     run.train(resume=False)
     batch = run.last
     base, _ = score(peaked(), batch.rollout, EXACT)
     mask = batch.mask_BC
     assert (batch.ref_BC - base)[mask].abs().max() < 1e-4
-    assert (batch.old_BC - batch.ref_BC)[mask].abs().max() > 1e-2
+    assert spread("moved", (batch.old_BC - batch.ref_BC)[mask].abs().max()) > 1e-2
     assert logged(run, "kl")[-1] == pytest.approx(float((batch.old_BC - base)[mask].mean()), abs=1e-4)
 
 

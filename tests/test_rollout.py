@@ -89,14 +89,16 @@ def test_positions_matter(monkeypatch):
     assert (got - rollout.logprobs_BC).abs().max() > 1e-4
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("name", NAMES)
-def test_sampling_does_not_depend_on_the_batch(name):
+def test_sampling_does_not_depend_on_the_batch(name, seed):
+    "Twenty seeds, ten of them in FP32 with AVX2: no token differs."
     tokenizer, model = loaded(name)
-    runs = [sample(model, tokenizer, PROMPTS * 2, R.replace(exact, batch_size=n), seed=(7, 3)) for n in (1, 3, 8)]
+    runs = [sample(model, tokenizer, PROMPTS * 2, R.replace(exact, batch_size=n), seed=(seed, 3)) for n in (1, 3, 8)]
     for run in runs[1:]:
         assert torch.equal(run.completion_ids_BC, runs[0].completion_ids_BC)
         assert (run.logprobs_BC - runs[0].logprobs_BC).abs().max() < 1e-4
-    other = sample(model, tokenizer, PROMPTS * 2, exact, seed=(7, 4))
+    other = sample(model, tokenizer, PROMPTS * 2, exact, seed=(seed, 4))
     assert not torch.equal(other.completion_ids_BC, runs[0].completion_ids_BC)
     assert runs[0].texts[0] != runs[0].texts[4]  # the same prompt twice
 
@@ -266,12 +268,16 @@ def test_the_reference_is_the_base(name):
     assert (logps - rollout.logprobs_BC).abs().max() > 1e-2
 
 
-def test_only_a_plain_draw_gives_the_kl():
-    "Mean k1 against the exact KL: equal within its error when drawn at temperature 1, off at 0.3."
+@pytest.mark.learning
+def test_only_a_plain_draw_gives_the_kl(seed, spread):
+    """Mean k1 against the exact KL: equal within its error when drawn at temperature 1, off at 0.3.
+
+    Twenty seeds, ten of them in FP32 with AVX2: apart by 2.8 errors at most, and by 6.9 or more.
+    """
     policy, tokenizer = with_adapter("tiny-llama"), loaded("tiny-llama")[0]
 
     def figures(config):
-        rollout = sample(policy, tokenizer, PROMPTS * 30, config, seed=1)
+        rollout = sample(policy, tokenizer, PROMPTS * 30, config, seed=seed)
         mask, head = rollout.completion_mask_BC, R.base_of(policy).get_output_embeddings()
 
         def full():
@@ -285,11 +291,11 @@ def test_only_a_plain_draw_gives_the_kl():
         return k1.mean().item(), (k1.std() / len(k1) ** 0.5).item(), (ours.exp() * (ours - base)).sum(1).mean().item()
 
     k1, error, kl = figures(exact)
-    assert kl > 0 and abs(k1 - kl) < 4 * error
+    assert kl > 0 and spread("plain, errors", abs(k1 - kl) / error) < 5
     with pytest.warns(UserWarning, match="Don't train"):
         off = RolloutConfig(max_new_tokens=10, autocast="float32", temperature=0.3, on_policy=False)
     k1, error, kl = figures(off)
-    assert abs(k1 - kl) > 4 * error
+    assert spread("at 0.3, errors", abs(k1 - kl) / error) > 5
 
 
 def test_autocast_is_chosen_by_name_and_leaves_16_bit_weights_alone():
@@ -566,21 +572,25 @@ def test_scored_in_the_updates_batches_the_ratio_is_exactly_one_in_bf16():
             assert torch.equal(R.token_logprobs(policy, part)[0], part.logprobs_BC)
 
 
-def test_weights_made_once_are_those_of_the_policy_and_leave_no_trace():
-    "In BF16 the drawing model has its adapters added in: drawn and recomputed agree, far from the base's."
+@pytest.mark.learning
+def test_weights_made_once_are_those_of_the_policy_and_leave_no_trace(seed, spread):
+    """In BF16 the drawing model has its adapters added in: drawn and recomputed agree, far from the base's.
+
+    Twenty seeds, ten of them in FP32 with AVX2: off by 0.011 at most, and 86 times further from the base or more.
+    """
     tokenizer = load_tokenizer("tiny-llama")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     base = load_model("tiny-llama")
     base.get_output_embeddings().weight.data *= 5
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     policy = get_peft_model(base, lora).eval()
     flags = [p.requires_grad for p in policy.parameters()]
     config = RolloutConfig(max_new_tokens=8, autocast="bfloat16")
-    rollout = sample(policy, tokenizer, ["one", "two", "three", "four"], config, seed=3)
+    rollout = sample(policy, tokenizer, ["one", "two", "three", "four"], config, seed=seed)
     mask = rollout.completion_mask_BC
     off = (rollout.drawn_logprobs_BC - rollout.logprobs_BC)[mask].abs().mean()
     with reference(policy):
         far = (R.score(policy, rollout, config)[0] - rollout.logprobs_BC)[mask].abs().mean()
-    assert off < 0.05 and far > 5 * off
+    assert spread("off", off) < 0.05 and spread("far, of off", far / off) > 5
     assert [p.requires_grad for p in policy.parameters()] == flags
     assert not any("forward" in m.__dict__ for m in policy.modules())

@@ -63,6 +63,7 @@ def trainer(folder, steps, reward=vowels, name="tiny-llama", rows=ROWS, models=N
         config.value_layers,
         config.full,
         1 if cost is None else 2,
+        own.get("seed", 42),
     )
     return PPOTrainer(config, models, load_tokenizer(name), rows, reward, folder, rollout, cost, quiet=True, **own)
 
