@@ -708,15 +708,17 @@ def test_too_few_prompts_is_said_before_anything_is_trained(small, tmp_path, mon
         constitution_phase(small(heldout=400), RunFolder(tmp_path), Copying())
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_there_are_enough_prompts_for_any_seed(seed):
-    assert len(constitution_prompts(BOOK, 48, "held", seed=seed)) == 48
-    assert len(constitution_prompts(BOOK, 160, "train", seed=seed)) == 160
+def test_there_are_enough_prompts_for_any_seed():
+    "The sizes of the laptop profile: 200 seeds for the prompts, every tenth for the demonstrations."
+    for seed in range(200):
+        assert len(constitution_prompts(BOOK, 48, "held", seed=seed)) == 48
+        assert len(constitution_prompts(BOOK, 32, "train", seed=seed)) == 32
+        if seed % 10 == 0:
+            assert len(helpful_only(constitution_prompts(BOOK, 160, "train", seed=seed), seed=seed)) > 100
 
 
 def test_helpful_pairs_can_all_be_trained_on(tmp_path):
-    "The desk draws answers that differ by their layout only, now and then: those are no pairs for a reward model."
+    "No pair of the mixture differs by its layout alone: that would be none for a reward model."
     rows = [r | dict(answers=[APPROVE, WARN]) for r in frauds(26)]
     pairs, _ = prefer(rows, RuleJudge(BOOK.principles, INTENTS), BOOK.principles, tmp_path / "j.jsonl", 0)
-    assert any(to_pair(p)[1] for p in desk_pairs(62, "train", {"bank.en": 1.0}, 43))
     assert not any(to_pair(p)[1] for p in with_helpful(pairs, 1.0, ("en",), 43))

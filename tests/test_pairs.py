@@ -252,6 +252,26 @@ def test_pairs_are_ordinary_preferences(sets, tmp_path):
     assert {p["domain"] for p in sets[2]} == {"parcel", "questions"}
 
 
+def test_the_pairs_of_any_seed_can_be_trained_on():
+    "Half of what the reward phase draws, for 200 seeds: a pair that differs by spaces alone ended 18 runs of 41."
+    for seed in range(200):
+        banks = {"bank.en": 0.9, "bank.zh": 0.1}
+        rows = desk_pairs(256, "train", banks, seed, 0.5) + desk_pairs(75, "held", banks, seed)
+        assert not [w for p in rows for w in to_pair(p)[1]], seed
+        texts = {tuple(text_of(p[k]) for k in ("prompt", "chosen", "rejected")) for p in rows}
+        assert len(texts) == len(rows) and len({p["id"] for p in rows}) == len(rows)
+
+
+def test_minimal_pairs_share_all_but_the_broken_piece():
+    "Where the opener is what is wrong, the reply behind it is the same; without `minimal` it hardly ever is."
+    found = {}
+    for minimal in (0.0, 0.9):
+        pairs = [p for p in desk_pairs(300, "train", {"bank.en": 1.0}, 3, minimal) if p["dimension"] == "label"]
+        replies = [[text_of(p[k]).partition("reply: ")[2] for k in ("chosen", "rejected")] for p in pairs]
+        found[minimal] = sum(a == b for a, b in replies) / len(pairs)
+    assert found[0.0] < 0.1 and found[0.9] > 0.4, found
+
+
 def pieces(side_of, key):
     "All texts of one side of every list of a bank desk."
     found = set()

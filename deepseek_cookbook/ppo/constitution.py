@@ -171,7 +171,7 @@ def with_helpful(
     "AI preferences on safety with rule preferences on everything else."
     n = max(1, round(helpful * len(pairs)))
     rule = desk_pairs(2 * n + 10, "train", {f"bank.{k}": 1 / len(languages) for k in languages}, seed)
-    plain = [p for p in rule if p["dimension"] != "safe" and not to_pair(p)[1]][:n]  # some differ by spaces only
+    plain = [p for p in rule if p["dimension"] != "safe"][:n]
     return mix_pairs(pairs + plain, dict(ai=1, rule=helpful), seed)[0]
 
 def rule_reward(principles: list[Principle]) -> Callable:
