@@ -46,7 +46,7 @@ from deepseek_cookbook.ppo.principles import (
 )
 from deepseek_cookbook.reward.functions import last_question
 from deepseek_cookbook.reward.judge import JudgeError, question, verdict
-from deepseek_cookbook.reward.pairs import bank_pairs, desk_pairs, gold_score, text_of, to_pair
+from deepseek_cookbook.reward.pairs import bank_pairs, gold_score, text_of, to_pair
 from deepseek_cookbook.settings import RunFolder, load_settings, read_jsonl
 
 BOOK = load_constitution()
