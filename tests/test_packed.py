@@ -117,3 +117,16 @@ def test_the_ordinary_pass_is_back_after_an_error():
     with pytest.raises(ZeroDivisionError), packed_pairs(model):
         raise ZeroDivisionError
     assert "forward" not in vars(model) and model.model.layers is layers
+
+
+def test_what_is_kept_does_not_depend_on_the_company():
+    "A run that goes on meets its pairs in other batches: the states are equal bit for bit."
+    model, batch = frozen_below("tiny-llama", 1), batch_of("tiny-llama")
+    two = {k: v[[0, 1, 5, 6]] for k, v in batch.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        with packed_pairs(model, 1) as first:
+            model(**batch)
+        with packed_pairs(model, 1) as second:
+            model(**two)
+    assert len(second.kept) == 2
+    assert all(torch.equal(states, first.kept[pair]) for pair, states in second.kept.items())

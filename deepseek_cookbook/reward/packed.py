@@ -106,11 +106,10 @@ def run(self: PackedPairs, batch: dict, first: int = 0, last: int | None = None,
 def upper(self: PackedPairs, pairs: list[tuple], batch: dict) -> torch.Tensor:
     "Last hidden states; what lies behind the frozen layers is computed for new pairs alone."
     if not self.frozen: return self.run(batch)
-    missing = [i for i, p in enumerate(pairs) if p not in self.kept]
-    if missing:
-        part = {k: x[missing] for k, x in batch.items()}
-        with torch.no_grad(): states = self.run(part, last=self.frozen)
-        for i, row in zip(missing, states): self.kept[pairs[i]] = row[batch["parts"][i] >= 0].clone()
+    for pair in pairs:
+        if pair in self.kept: continue
+        with torch.no_grad(): states_1TD = self.run(self.batch([pair], batch["parts"].device), last=self.frozen)
+        self.kept[pair] = states_1TD[0]
     lower_BTD = torch.nn.utils.rnn.pad_sequence([self.kept[p] for p in pairs], batch_first=True)
     return self.run(batch, self.frozen, states_BTD=lower_BTD)
 

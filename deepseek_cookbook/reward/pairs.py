@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROVENANCES', 'QUESTION', 'TEXTS', 'DIMENSIONS', 'WEIGHTS', 'COURTESY', 'RUDE', 'SECRET', 'NEGATED', 'WARNING',
-           'APPROVAL', 'WORDS', 'PairError', 'text_of', 'to_pair', 'read_pairs', 'lengths_match', 'describe_pairs',
-           'mix_pairs', 'to_preference', 'load_desks', 'intent_of', 'gold_score', 'gold_reward', 'desk_pairs',
-           'answer_pairs', 'bank_pairs']
+           'APPROVAL', 'WORDS', 'LONGER', 'PairError', 'text_of', 'to_pair', 'read_pairs', 'lengths_match',
+           'describe_pairs', 'mix_pairs', 'to_preference', 'load_desks', 'intent_of', 'gold_score', 'gold_reward',
+           'desk_pairs', 'answer_pairs', 'bank_pairs']
 
 # %% ../../nbs/04_reward.pairs.ipynb #4de9e3c4
 import math, random, re
@@ -283,6 +283,8 @@ def _joined(parts: dict) -> str:
     return parts["layout"].replace("{i}", parts["intent"]).replace("{r}", reply)
 
 # %% ../../nbs/04_reward.pairs.ipynb #5f651b15
+LONGER = ("concise", "safe")  # dimensions whose broken answers are mostly longer than good ones
+
 def _draw(name: str, side: str, dimension: str, matched: bool, minimal: float, rng: random.Random) -> dict:
     "One pair that the gold rule confirms."
     desk = load_desks()[name]
@@ -298,6 +300,8 @@ def _draw(name: str, side: str, dimension: str, matched: bool, minimal: float, r
         broken = other | _broken(desk, intent, other["body"], dimension, pick, rng)
         good, bad = _joined(good), _joined(broken)
         if good.split() == bad.split() or lengths_match(good, bad) != matched: continue
+        lopsided = minimal and not matched and dimension not in LONGER and len(bad) > len(good)
+        if lopsided and rng.random() < 0.5: continue
 
         scores = dict(chosen=gold_score(ask, good, intent), rejected=gold_score(ask, bad, intent))
         if all(scores["chosen"].values()) and [d for d, s in scores["rejected"].items() if not s] == [dimension]: break
