@@ -68,7 +68,7 @@ def cook(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug 
         from deepseek_cookbook.pipeline import cook as walk
         from deepseek_cookbook.report import phase_rows
         settings = load_settings(profile, overrides or ())
-        console.print(choice, markup=False)
+        console.print(str(choice), markup=False)
         records = walk(settings, only=only, force=force, tell=lambda line: console.print(f"[bold]{line}"))
         table = Table(title=f"profile {profile}", title_justify="left")
         for column in ("phase", "time", "peak memory", "what came out"): table.add_column(column)

@@ -248,6 +248,8 @@ def test_the_variables_are_set_before_torch_is_loaded(words):
     seen, count = json.loads(done.stdout.split("SEEN ")[1])
     assert seen["GOMP_SPINCOUNT"] == str(SPIN) and seen["OMP_WAIT_POLICY"] is None, done.stderr
     assert int(seen["OMP_NUM_THREADS"]) == count
+    if words[0] == "cook":
+        assert done.stdout.startswith(f"{count} thread") and f"spin {SPIN}: " in done.stdout
     if words[0] == "doctor":
         line = next(c for c in json.loads(done.stdout.split("SEEN ")[0]) if c["name"] == "Threads")
         assert line["found"].startswith(f"{count} thread") and f"spin {SPIN}" in line["found"]
