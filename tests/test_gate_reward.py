@@ -193,8 +193,9 @@ def test_a_plot_of_calibration():
 
 
 @pytest.mark.laptop
-def test_the_real_base_reaches_three_quarters(tmp_path):
-    """The issue's figure: held-out pair accuracy of at least 0.75 in the laptop profile."""
+def test_the_real_base_passes_its_gate(tmp_path):
+    """Seeds and instruction sets that were measured, with their spread: scripts/bench/results/reward_seeds.json."""
     chosen = load_settings("laptop", ["reward.disable_tqdm=true"])
     result = reward_phase(chosen, RunFolder(tmp_path))
-    assert result["gate"][0]["value"] >= 0.75
+    failed = [r["name"] for r in result["gate"] if r["passed"] is False]
+    assert result["passed"] and not failed and result["gate"][0]["value"] >= 0.8
