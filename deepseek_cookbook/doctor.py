@@ -158,7 +158,7 @@ class CpuFacts:
         return ", ".join([self.capability or "unknown", *(self.bf16 or ["no bf16"]), *self.limits])
 
 # %% ../nbs/00a_doctor.ipynb #2cc64f7c
-LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # read by PyTorch and oneDNN
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "DSC_CPU_PRECISION")  # the last is ours
 
 def cpu_facts(environ: dict) -> CpuFacts:
     "The processor, as Linux, PyTorch and the environment have it."

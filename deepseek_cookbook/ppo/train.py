@@ -363,7 +363,7 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     if self.replay is not None: self.replay.load_state_dict(state["replay"][rank()])
     self.reward.counts.update(state["faults"][rank()])
     for k, norm in state["norms"][rank()].items(): vars(self.norms()[k]).update(norm)
-    self.first_norms = state["first_norms"][rank()]
+    self.first_norms = state.get("first_norms", [{}] * world_size())[rank()]  # absent in older runs
     self.scheduler.load_state_dict(state["scheduler"])
     self.log.rewind(self.counts["done"])
     return there[-1]
