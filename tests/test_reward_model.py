@@ -209,6 +209,28 @@ def test_settings_that_mean_nothing(wrong):
         RewardModelConfig(**wrong)
 
 
+def test_adapters_where_the_settings_say():
+    """[lora]'s targets hold in the upper layers too, and [reward_model]'s go before them."""
+    from peft import get_peft_model
+
+    from deepseek_cookbook.reward.model import reward_lora
+
+    def adapted(*overrides):
+        model = load_reward_model("tiny-llama", device="cpu")
+        names = get_peft_model(model, reward_lora(settings(*overrides), model)).state_dict()
+        return {n.split(".lora_A")[0].rpartition(".")[2] for n in names if ".lora_A." in n}, {
+            n.split("layers.")[1][0] for n in names if ".lora_A." in n}
+
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    both, top = ({"0", "1"}, {"1"})
+    assert adapted("lora.target_modules=qv") == ({"q_proj", "v_proj"}, both)
+    assert adapted("lora.target_modules=qv", "reward_model.upper_layers=1") == ({"q_proj", "v_proj"}, top)
+    assert adapted("lora.target_modules=qv", "reward_model.target_modules=attention") == (attention, both)
+    assert adapted("reward_model.target_modules=attention", "reward_model.upper_layers=1") == (attention, top)
+    with pytest.raises(ValueError, match="Did you mean"):
+        adapted("reward_model.target_modules=q_proy")
+
+
 def test_adapters_in_the_upper_layers_only(tmp_path):
     """Also with experts, which PEFT adapts in all layers once it adapts them in one."""
     import copy
@@ -237,7 +259,7 @@ def test_trained_saved_and_loaded_is_one_function(tmp_path, name, loss):
     loaded = load_reward(tmp_path, device="cpu")
     assert [r.model.config._attn_implementation for r in (reward, loaded)] == ["eager", "sdpa"]
     assert loaded(*asked) == pytest.approx(reward(*asked), abs=1e-4)
-    assert figures["steps"] == 6 and figures["loss"] == loss and figures["cut"] == 0
+    assert figures["steps"] == 6 and figures["loss"] == loss and figures["cut"] == 0 and not figures["packed"]
     same_scores(loaded)
     if loss == "multi_head":
         heads = loaded.heads(*asked)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOSSES', 'PURPOSES', 'RewardModelError', 'RewardModelConfig', 'head_class', 'put_head', 'load_reward_model',
            'as_messages', 'encode', 'to_rows', 'token_batches', 'RewardModel', 'save_reward', 'load_reward',
-           'reward_config', 'first_layer', 'reward_lora', 'head_names', 'make_reward_trainer', 'short_cut',
-           'train_reward', 'reward_facts', 'reward_figures', 'Purpose', 'find_reward']
+           'reward_config', 'first_layer', 'reward_lora', 'head_names', 'make_reward_trainer', 'packs', 'train_reward',
+           'reward_facts', 'reward_figures', 'Purpose', 'find_reward']
 
 # %% ../../nbs/04a_reward.model.ipynb #3bcf1e2d
 import copy, math, shutil, time
@@ -32,6 +32,7 @@ from .packed import layer_of, packed_pairs
 from .pairs import to_pair, to_preference
 from ..runlog import make_trackers
 from ..settings import Settings, SettingsError, nearest, read_json, write_json
+from ..sft.lora import lora_config
 from ..sft.train import Bar, TrainError, last_checkpoint, told_plainly
 
 # %% ../../nbs/04a_reward.model.ipynb #76512fb5
@@ -52,6 +53,7 @@ class RewardModelConfig:
     triplet_margin: float = 1.0  # for pairs without one
     heads: tuple[str, ...] = ()  # dimensions of multi_head; all of the pairs' scores by default
     upper_layers: int | None = None  # adapters in so many of the last layers; none: in all
+    target_modules: str | tuple[str, ...] | None = None  # of the adapters, instead of [lora]'s
     attention: str | None = None  # while training, instead of [model]'s; on CPUs, eager: a faster way back
     long: str = "refuse"  # refuse | cut: rows above reward.max_length; cut takes tokens from the left
     batch_tokens: int = 4096  # of a batch of answers to be scored
@@ -294,14 +296,14 @@ def first_layer(model: PreTrainedModel, upper_layers: int | None) -> int:
     "The lowest layer that gets adapters."
     return max(0, model.config.get_text_config().num_hidden_layers - upper_layers) if upper_layers else 0
 
-def reward_lora(settings: Settings, model: PreTrainedModel, upper_layers: int | None = None):  # peft.LoraConfig
-    "[lora], with the head trained in full."
-    more = dict(task_type="SEQ_CLS", modules_to_save=["score"], lora_dropout=0.0)
-    if upper_layers:
-        first = first_layer(model, upper_layers)
-        more["target_modules"] = [n for n, m in model.named_modules()
-                                  if isinstance(m, torch.nn.Linear) and n != "score" and layer_of(n) >= first]
-    return settings.build("lora", **more)
+def reward_lora(settings: Settings, model: PreTrainedModel):  # peft.LoraConfig
+    "[lora], with the head trained in full, in the layers that [reward_model] names."
+    own = settings.build("reward_model")
+    targets = {"target_modules": own.target_modules} if own.target_modules else {}
+    head = dict(task_type="SEQ_CLS", modules_to_save=["score"], lora_dropout=0.0)
+    config, first = lora_config(model, settings["lora"] | targets | head), first_layer(model, own.upper_layers)
+    if first: config.layers_to_transform = list(range(first, model.config.get_text_config().num_hidden_layers))
+    return config
 
 # %% ../../nbs/04a_reward.model.ipynb #a5999b47
 def head_names(config: RewardModelConfig, pairs: list[dict]) -> tuple[str, ...]:
@@ -328,7 +330,7 @@ def make_reward_trainer(settings: Settings, train, validation, folder, model, to
     several = names if own.loss == "multi_head" else ()
     (rows, cut), (held, cut_held) = (to_rows(p, tokenizer, own, several, args.max_length) for p in (train, validation))
     trainer = PairTrainer(model, args, own.loss, names, own.triplet_margin, train_dataset=rows, eval_dataset=held,
-                          processing_class=tokenizer, peft_config=reward_lora(settings, model, own.upper_layers),
+                          processing_class=tokenizer, peft_config=reward_lora(settings, model),
                           callbacks=list(callbacks))
     for name, p in trainer.model.named_parameters():  # PEFT 0.21 adapts fused experts in every layer
         if 0 <= layer_of(name) < first_layer(model, own.upper_layers): p.requires_grad_(False)
@@ -337,10 +339,10 @@ def make_reward_trainer(settings: Settings, train, validation, folder, model, to
     return trainer, cut + cut_held
 
 # %% ../../nbs/04a_reward.model.ipynb #a97256af
-def short_cut(model, upper_layers: int | None):  # a context manager
-    "Pairs in one row, where lower layers are frozen and the attention kernel takes a mask."
-    frozen, kernel = first_layer(model, upper_layers), model.get_base_model().config._attn_implementation
-    return packed_pairs(model, frozen) if frozen and kernel in ("eager", "sdpa") else nullcontext()
+def packs(model, upper_layers: int | None) -> bool:
+    "Whether a pair is read in one row: lower layers are frozen and the attention kernel takes a mask."
+    kernel = model.get_base_model().config._attn_implementation
+    return first_layer(model, upper_layers) > 0 and kernel in ("eager", "sdpa")
 
 # %% ../../nbs/04a_reward.model.ipynb #380827ac
 def train_reward(
@@ -365,14 +367,15 @@ def train_reward(
         trainer, cut = make_reward_trainer(settings, train, validation, folder, model, tokenizer, names, [monitor])
         checkpoint = last_checkpoint(folder)
         try:
-            with told_plainly(folder), short_cut(trainer.model, own.upper_layers):
+            frozen, packed = first_layer(model, own.upper_layers), packs(trainer.model, own.upper_layers)
+            with told_plainly(folder), packed_pairs(trainer.model, frozen) if packed else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except TrainError as e: raise RewardModelError(str(e).replace("sft.", "reward.")) from e
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         reward = RewardModel(trained, tokenizer, names, max_length=args.max_length, long=own.long,
                              batch_tokens=own.batch_tokens, exact=False)
         if trainer.is_world_process_zero(): save_reward(trainer.model, folder, reward_facts(reward, validation, base))
-        figures = reward_figures(trainer, log.rows, checkpoint) | dict(cut=cut)
+        figures = reward_figures(trainer, log.rows, checkpoint) | dict(cut=cut, packed=packed)
         reward.exact = True
     spent = dict(seconds=time.perf_counter() - began[0], cpu_seconds=time.process_time() - began[1])
     return reward, figures | {k: round(v, 1) for k, v in spent.items()}
