@@ -1026,8 +1026,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'deepseek_cookbook/ppo/policy.py'),
                                               'deepseek_cookbook.ppo.policy.PolicyError': ( 'ppo.policy.html#policyerror',
                                                                                             'deepseek_cookbook/ppo/policy.py'),
-                                              'deepseek_cookbook.ppo.policy._layer': ( 'ppo.policy.html#_layer',
-                                                                                       'deepseek_cookbook/ppo/policy.py'),
                                               'deepseek_cookbook.ppo.policy._open': ( 'ppo.policy.html#_open',
                                                                                       'deepseek_cookbook/ppo/policy.py'),
                                               'deepseek_cookbook.ppo.policy._split': ( 'ppo.policy.html#_split',

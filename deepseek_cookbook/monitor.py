@@ -179,8 +179,9 @@ def _speed(self: MonitorCallback, args, state, metrics: dict) -> dict:
 
 @patch
 def on_train_end(self: MonitorCallback, args, state, control, model=None, **kwargs):
-    "Give the arguments back as they were, and restore the best weights if a guard stopped the run."
+    "Give the arguments back as they were, judge the end, and restore the best weights if a guard stopped the run."
     args.logging_nan_inf_filter = self.filter
+    if not self.stopped: self.watch.end()
     if not self.stopped or self.watch.actions[Action.STOP] != self.stop or args.fsdp or args.deepspeed: return
     best = best_checkpoint(self.log.rows, args.output_dir, self.stopped["since"])
     if best is None:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 # %% ../../nbs/05e_ppo.policy.ipynb #b922d862
 from ..models import load_tokenizer, page_out
 from ..reward.model import RewardModel, put_head
+from ..reward.packed import layer_of
 from ..settings import read_json
 from ..sft.adapters import adapter_shapes, base_name, check_adapter, whole_folder
 from ..sft.lora import lora_config, matched
@@ -163,15 +164,11 @@ def trained(models: Models) -> dict[str, torch.nn.Parameter]:
     full = models.policy is not models.frozen
     of = lambda model, mark: {n: p for n, p in model.named_parameters() if mark in n}
     policy = of(models.policy, "" if full else ".policy.")
-    if full and models.below: policy = {n: p for n, p in policy.items() if _layer(n) >= models.below}
+    if full and models.below: policy = {n: p for n, p in policy.items() if layer_of(n) >= models.below}
     unread = {id(p) for p in base_of(models.frozen).get_output_embeddings().parameters()}  # by the value: it has a head
     value = {n: p for n, p in of(models.frozen, ".value.").items() if id(p) not in unread}
     parts = dict(policy=policy, value=value, head=dict(models.head.named_parameters()))
     return {f"{part}.{n}": p for part, named in parts.items() for n, p in named.items()}
-
-def _layer(name: str) -> int:
-    "The number of the layer; -1 for what lies below the first."
-    return next((int(part) for part in name.split(".") if part.isdigit()), 10**6 if "norm" in name else -1)
 
 # %% ../../nbs/05e_ppo.policy.ipynb #8d7edc00
 def values_of(

@@ -11,7 +11,7 @@ __all__ = ['Engine', 'RolloutError', 'RolloutConfig', 'prompt_rows', 'prompt_ids
 # %% ../../nbs/05_ppo.rollout.ipynb #298bd4dd
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -25,6 +25,7 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper
 # %% ../../nbs/05_ppo.rollout.ipynb #9cd9eb70
 from ..data.formats import to_messages
 from ..models import precision, to_dtype
+from ..reward.packed import layers_between
 
 # %% ../../nbs/05_ppo.rollout.ipynb #c87cc589
 class RolloutError(ValueError):
@@ -329,12 +330,7 @@ def run_layers(
     inputs = dict(inputs_embeds=rollout.lower_BTD) if first else dict(input_ids=ids_BT)
     inputs |= dict(attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT), use_cache=False)
     backbone = base_of(model).base_model
-    if not first and not last: return backbone(**inputs)[0]
-    layers, norm = backbone.layers, backbone.norm
-    try:
-        backbone.layers, backbone.norm = layers[first:last], torch.nn.Identity() if last else norm
-        return backbone(**inputs)[0]
-    finally: backbone.layers, backbone.norm = layers, norm
+    with layers_between(backbone, first, last) if first or last else nullcontext(): return backbone(**inputs)[0]
 
 # %% ../../nbs/05_ppo.rollout.ipynb #37110c2b
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")

@@ -285,7 +285,7 @@ def _joined(parts: dict) -> str:
 # %% ../../nbs/04_reward.pairs.ipynb #5f651b15
 LONGER = ("concise", "safe")  # dimensions whose broken answers are mostly longer than good ones
 
-def _draw(name: str, side: str, dimension: str, matched: bool, minimal: float, rng: random.Random) -> dict:
+def _draw(name: str, side: str, dimension: str, matched: bool, minimal: float, balance: bool, rng) -> dict:
     "One pair that the gold rule confirms."
     desk = load_desks()[name]
     pick = lambda texts: rng.choice(_of_side(texts, side))
@@ -300,7 +300,7 @@ def _draw(name: str, side: str, dimension: str, matched: bool, minimal: float, r
         broken = other | _broken(desk, intent, other["body"], dimension, pick, rng)
         good, bad = _joined(good), _joined(broken)
         if good.split() == bad.split() or lengths_match(good, bad) != matched: continue
-        lopsided = minimal and not matched and dimension not in LONGER and len(bad) > len(good)
+        lopsided = balance and not matched and dimension not in LONGER and len(bad) > len(good)
         if lopsided and rng.random() < 0.5: continue
 
         scores = dict(chosen=gold_score(ask, good, intent), rejected=gold_score(ask, bad, intent))
@@ -319,6 +319,7 @@ def desk_pairs(
     desks: dict[str, float],  # desk -> its share, such as {"bank.en": 0.9, "bank.zh": 0.1}
     seed: int = 42,
     minimal: float = 0.0,  # share of tries in which both answers are alike but for the broken piece, 0 to 1
+    balance: bool = False,  # better answers as often the longer ones as the shorter ones, over all dimensions
 ) -> list[dict]:  # different pairs, the dimensions in turns, half of them length-matched
     "Preferences by rule from the texts of one or more desks."
     rng, seen, pairs = random.Random(f"{seed}:{side}:{sorted(desks)}"), set(), []
@@ -326,7 +327,7 @@ def desk_pairs(
         if len(pairs) == n: break
         name = rng.choices(list(desks), list(desks.values()))[0]
         i = len(pairs)
-        pair = _draw(name, side, DIMENSIONS[i % 5], i // 5 % 2 == 0, minimal, rng)
+        pair = _draw(name, side, DIMENSIONS[i % 5], i // 5 % 2 == 0, minimal, balance, rng)
         key = tuple(text_of(pair[k]) for k in ("prompt", "chosen", "rejected"))
         if key not in seen: pairs.append(dict(id=f"{side}-{i}", **pair))
         seen.add(key)
@@ -374,4 +375,4 @@ def bank_pairs(
     banks = {"bank.en": 1 - chinese} | ({"bank.zh": chinese} if chinese else {})
     ood = desk_pairs(held - held // 2, "all", {"parcel.en": 1.0}, seed)
     ood += answer_pairs(chatterbot_records("english")[0], held // 2, seed)
-    return desk_pairs(n, "train", banks, seed, minimal), desk_pairs(held, "held", banks, seed), ood
+    return desk_pairs(n, "train", banks, seed, minimal, balance=True), desk_pairs(held, "held", banks, seed), ood
