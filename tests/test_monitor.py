@@ -450,6 +450,19 @@ def test_stop_gives_back_the_best_checkpoint(tmp_path, kind, what, seed, spread)
     assert not (tmp_path / f"checkpoint-{event['step']}").exists() or event["step"] == best
 
 
+@pytest.mark.parametrize("last", [14, 15])
+def test_what_begins_in_the_last_steps_is_seen_at_the_end(tmp_path, last):
+    "Sick from step 14 on, with a patience of three: too short for the guard, and still no run to be kept."
+    guards = [Guard("g", "loss", lambda s: s.steps >= 14, Action.STOP, patience=3)]
+    trainer, log = trainer_for(tiny(), tmp_path, guards=guards, max_steps=last, eval_strategy="no")
+    trainer.train()
+    assert [r["event"] for r in log.rows if "event" in r] == ["stop_restore", "restored"]
+    assert all(torch.equal(weights(trainer.model)[k], v) for k, v in saved(tmp_path / "checkpoint-12").items())
+    healthy, log = trainer_for(tiny(), tmp_path / "healthy", guards=guards, max_steps=13, eval_strategy="no")
+    healthy.train()
+    assert not [r for r in log.rows if "event" in r]
+
+
 def test_nan_is_hidden_without_the_callback_and_seen_with_it(tmp_path):
     plain = Trainer(tiny(), TrainingArguments(str(tmp_path / "plain"), max_steps=8, use_cpu=True, logging_steps=1,
                     report_to="none", disable_tqdm=True), train_dataset=DATA, callbacks=[Poison(4)])  # fmt: skip
