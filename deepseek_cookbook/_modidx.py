@@ -492,8 +492,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'deepseek_cookbook/data/show.py'),
                                              'deepseek_cookbook.data.show.Overview.add': ( 'data.show.html#overview.add',
                                                                                            'deepseek_cookbook/data/show.py'),
-                                             'deepseek_cookbook.data.show._bars': ( 'data.show.html#_bars',
-                                                                                    'deepseek_cookbook/data/show.py'),
                                              'deepseek_cookbook.data.show._line_of': ( 'data.show.html#_line_of',
                                                                                        'deepseek_cookbook/data/show.py'),
                                              'deepseek_cookbook.data.show._shown': ( 'data.show.html#_shown',
