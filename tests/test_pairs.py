@@ -402,3 +402,29 @@ def test_wrong_answers_are_no_right_ones():
     for pair in answer_pairs(records, 20):
         assert text_of(pair["chosen"]) != text_of(pair["rejected"])
         assert pair["length_matched"] == lengths_match(text_of(pair["chosen"]), text_of(pair["rejected"]))
+
+
+@pytest.mark.parametrize("profile", ["tiny", "laptop"])
+def test_pairs_of_any_seed_fit_the_reward_model(profile):
+    "A toy tokenizer writes letters: the longest answer of the corpus would be above the limit, and is not drawn."
+    from deepseek_cookbook.data.formats import chatterbot_records
+    from deepseek_cookbook.models import load_tokenizer
+    from deepseek_cookbook.reward.model import encode
+    from deepseek_cookbook.settings import load_settings
+
+    chosen = load_settings(profile)
+    tokenizer, limit = load_tokenizer(chosen["model"]["name"]), chosen["reward"]["max_length"]
+
+    def tokens(prompt, answer):
+        return len(encode(tokenizer, prompt, answer)[0])
+
+    rows = [p for seed in range(6) for p in answer_pairs(chatterbot_records("english")[0], 300, seed)]
+    longest_question = max((p["prompt"] for p in rows), key=lambda q: len(text_of(q)))
+    longest_answer = max((p[k] for p in rows for k in ("chosen", "rejected")), key=lambda a: len(text_of(a)))
+    assert 250 < len(text_of(longest_answer)) <= 300 >= len(text_of(longest_question))
+    assert tokens(longest_question, longest_answer) <= limit
+    for seed in range(200):
+        drawn = desk_pairs(60, "train", {"bank.en": 0.9, "bank.zh": 0.1}, seed)
+        drawn += desk_pairs(30, "all", {"parcel.en": 1.0}, seed)
+        row = max(drawn, key=lambda p: sum(len(text_of(p[k])) for k in ("prompt", "chosen", "rejected")))
+        assert max(tokens(row["prompt"], row[k]) for k in ("chosen", "rejected")) <= limit

@@ -341,12 +341,14 @@ def answer_pairs(
     n: int,
     seed: int = 42,
     domain: str = "questions",
+    longest: int = 300,  # characters of a question or an answer
 ) -> list[dict]:  # the record's answer against that of another question; half length-matched
     "Preferences by rule from questions with answers."
     rng, own = random.Random(f"{seed}:{domain}"), {}
     for r in records: own.setdefault(text_of(to_messages(r)[:-1]), []).append(r["output"])
-    asked = sorted(q for q in own if len(q) > 15 and len(own[q][0]) > 15)
-    if len(asked) < max(n, 2): raise PairError(f"answer_pairs: {len(asked)} questions for {n} pairs; add records")
+    asked = sorted(q for q in own if 15 < len(q) <= longest and 15 < len(own[q][0]) <= longest)
+    if len(asked) < max(n, 2): raise PairError(f"answer_pairs: {len(asked)} questions of 16 to {longest} characters for {n} "
+                                           "pairs; add records")
     pairs = []
     for i, q in enumerate(rng.sample(asked, n)):
         good, drawn = own[q][0], [own[o][0] for o in rng.sample(asked, min(len(asked), 300))]
