@@ -348,7 +348,7 @@ def answer_pairs(
     for r in records: own.setdefault(text_of(to_messages(r)[:-1]), []).append(r["output"])
     asked = sorted(q for q in own if 15 < len(q) <= longest and 15 < len(own[q][0]) <= longest)
     if len(asked) < max(n, 2):
-        raise PairError(f"answer_pairs: {len(asked)} questions of 16 to {longest} characters for {n} pairs; add records")
+        raise PairError(f"answer_pairs: {len(asked)} questions of 16 to {longest} characters for {n} pairs; add some")
     pairs = []
     for i, q in enumerate(rng.sample(asked, n)):
         good, drawn = own[q][0], [own[o][0] for o in rng.sample(asked, min(len(asked), 300))]
