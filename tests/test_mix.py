@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from deepseek_cookbook.data.clean import CleanConfig
 from deepseek_cookbook.data.coverage import (
     assign,
     card_markdown,
@@ -19,7 +20,6 @@ from deepseek_cookbook.data.coverage import (
     kmeans,
     write_card,
 )
-from deepseek_cookbook.data.clean import CleanConfig
 from deepseek_cookbook.data.formats import DataError, check_record
 from deepseek_cookbook.data.mix import (
     STRATEGIES,
@@ -30,7 +30,6 @@ from deepseek_cookbook.data.mix import (
     replay_record,
     replay_rows,
 )
-from deepseek_cookbook.data.split import script_of
 from deepseek_cookbook.settings import read_json, write_jsonl
 
 
@@ -245,7 +244,7 @@ def test_the_card_counts_and_hashes_what_is_written(tmp_path):
     card = dataset_card("toy", "CC0-1.0", "here", dict(train=train, validation=[record("a|b\nc")]), {"copy|x": 2},
                         coverage(train, {"a|b": ["a"], "z": ["z"]}))  # fmt: skip
     side = card["splits"]["train"]
-    assert (side["records"], side["questions"], side["with_history"]) == (5, 2, 2)
+    assert (side["records"], side["questions"], side["with_history"]) == (5, 3, 2)
     assert side["answer_characters"] == {"min": 1, "median": 2, "95 %": 4, "max": 4, "sum": 12}
     assert side["scripts"] == {"latin": 4, "han": 1} and card["questions_on_several_sides"] == 1
     write_jsonl(tmp_path / "train.jsonl", train)

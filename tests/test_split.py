@@ -164,17 +164,14 @@ def test_rows_of_one_instruction_are_different_questions(rows):
         assert not {question_of(r) for r in train} & {question_of(r) for r in held}
 
 
-def test_the_articles_example_in_200_variations_is_cooked(tmp_path, monkeypatch, capsys):
+def test_the_articles_example_in_200_variations(tmp_path, capsys):
     pytest.importorskip("rensa")
-    from deepseek_cookbook.pipeline import cook
-
     things = ["天气", "早饭", "书", "猫", "城市", "音乐", "工作", "电影", "朋友", "学校"]
     judged = ["很好", "不错", "很差", "奇怪", "漂亮", "安静", "有趣", "重要", "普通", "少见"]
     asked = [f"{when}的{a}{b}" for when in ("今天", "昨天") for a in things for b in judged]
-    rows = [dict(instruction="将中文翻译成英文", input=q, output=f"Sentence {i}", history=[]) for i, q in enumerate(asked)]
+    rows = [dict(instruction="将中文翻译成英文", input=q, output=f"Sentence {i}") for i, q in enumerate(asked)]
     write_jsonl(tmp_path / "trans.jsonl", rows)
-    changes = [f"data.source={tmp_path / 'trans.jsonl'}", f"run.folder={tmp_path}", "data.limit=none", "clean.near=0"]
-    result = cook(load_settings("tiny", changes), ["data"])["data"]["result"]
+    result, _ = run_data(tmp_path, f"data.source={tmp_path / 'trans.jsonl'}", "data.limit=none", "clean.near=0")
     assert len(rows) == 200 == result["train"] + result["validation"] and abs(result["validation"] - 24) <= 1
     assert result["shares"]["validation"] == pytest.approx(0.12, abs=0.01)
     assert f"{result['validation']} validation (12.0%)" in capsys.readouterr().out
@@ -209,7 +206,8 @@ def test_the_share_is_of_the_rows(sizes, validation, test, seed, chance):
     assert all(asked) and not any(a & b for a, b in combinations(asked, 2))
     for name, share in shares.items():
         off = abs(len(split.sides[name]) - share * len(rows))
-        assert off <= max(sizes) / 2 + 1 or len(asked) == len(sizes) or len(split.sides["train"]) <= max(sizes), name
+        one = 1 in (len({question_of(r) for r in split.sides[side]}) for side in (name, "train"))
+        assert off <= max(sizes) / 2 + 1 or one, name
     again = split_sides(chance.sample(rows, len(rows)), shares, seed)
     assert {n: as_multiset(s) for n, s in again.sides.items()} == {n: as_multiset(s) for n, s in split.sides.items()}
 
@@ -224,10 +222,10 @@ def test_five_tasks_of_a_hundred_rows():
 
 
 def test_large_units_are_held_out_too():
-    rows = [record(f"Question {q}", f"Answer {i}") for q in range(12) for i in range(20)]
-    rows += [record(f"Single {i}", f"Answer {i % 20}") for i in range(760)]
+    rows = [record(f"Question {q}", "Answer") for q in range(12) for i in range(20)]
+    rows += [record(f"Single {i}", "Answer") for i in range(760)]
     share = statistics.mean(
-        sum("Question" in r["instruction"] for r in split_records(rows, seed=seed)[1]) / 240 for seed in range(100)
+        sum("Question" in r["instruction"] for r in split_records(rows, seed=seed)[1]) / 240 for seed in range(40)
     )
     assert 0.06 < share < 0.18
 
@@ -312,29 +310,30 @@ def test_templated_rows_stay_apart_and_cost_is_linear():
     rubric = " ".join(f"Rule {a} says that {b} comes before everything else." for a, b in combinations("abcdefg", 2))
     for front in ("", rubric):
         seconds = {}
-        for n in (2000, 8000):
+        for n in (1000, 4000):
             rows = [record(f"{front}Please transfer {i} yuan to {rng.choice(names)}.", "Done.") for i in range(n)]
             began = time.process_time()
             split = split_sides(rows, dict(validation=0.12), near=near_pairs)
             seconds[n] = time.process_time() - began
             assert split.units == n and abs(len(split.sides["validation"]) - 0.12 * n) <= 1
-        assert seconds[8000] < 8 * seconds[2000] + 0.5, "four times the rows; all pairs would be sixteen times"
+        assert seconds[4000] < 8 * seconds[1000] + 0.5, "four times the rows; all pairs would be sixteen times"
 
 
 @pytest.mark.parametrize("n", [500, 4000])
 def test_one_bucket_is_compared_a_few_times_a_row(n):
     pytest.importorskip("rensa")
     page = "the quick brown fox jumps over the lazy dog and runs away from every hunter in the wood today "
-    texts = sorted(f"{page * 2}{i % 7} {'xyz'[i % 3]} {i}" for i in range(n))
+    texts = sorted(f"{page * 2} {i % 7} {i}" for i in range(n))
     pairs = near_pairs(texts, same_numbers=False)
-    assert n - 1 <= len(pairs) <= 2 * n and len(components(pairs, n)) == 1 if n < 1000 else len(pairs) <= 2 * n
+    assert n / 2 < len(pairs) < 4 * n, "all pairs are n (n - 1) / 2"
     assert near_pairs(texts) == [], "numbers differ"
 
 
 def test_a_chain_of_near_copies_is_cut_and_counted():
     pytest.importorskip("rensa")
     page = " ".join(f"word{chr(97 + i)}" for i in range(26))
-    rows = [record(f"{page} {chr(0x4E00 + i)}", "Done.") for i in range(60)] + [record(f"Q{i}", "A") for i in range(240)]
+    rows = [record(f"{page} {chr(0x4E00 + i)}", "Done.") for i in range(60)]
+    rows += [record(f"Q{i}", "A") for i in range(240)]
     split = split_sides(rows, dict(validation=0.12), near=near_pairs)
     assert (split.near_copies_cut, split.units, split.largest_unit, split.near_copies) == (60, 300, 1, 0)
     whole = split_sides(rows, dict(validation=0.12), near=near_pairs, max_unit=0.2)
@@ -349,7 +348,7 @@ def test_rubric_and_note_are_not_near_copies_but_one_note_twice_is():
     rows = [record(rubric, "three", input=note) for note in notes]
     assert split_sides(rows, dict(validation=0.3), near=near_pairs).units == 3
     page = "a page about the old harbour and its ships " * 8
-    more = [record("What is it about?", "A harbour.", input=page), record("Name the subject.", "A harbour.", input=page)]
+    more = [record(q, "A harbour.", input=page) for q in ("What is it about?", "Name the subject.")]
     assert split_sides(rows + more, dict(validation=0.3), near=near_pairs).near_copies == 2
 
 

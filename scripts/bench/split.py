@@ -26,8 +26,9 @@ from rich.table import Table
 SECONDS, MEGABYTES, SHARE = 20, 500, 0.12
 NAMES = "Ada Bo Chen Dara Emil Fay Gita Hugo Ines Jan Kai Lena Ming Nora Otto Pia Qing Rosa Sven Tao".split()
 WORDS = """account balance transfer refund order parcel invoice support login payment product quality size colour
-address contract rate loan points member offer event review change contact choose system service market report model data test
-error device memory window branch table server morning letter street garden river doctor teacher engineer""".split()
+address contract rate loan points member offer event review change contact choose system service market report
+model data test error device memory window branch table server morning letter street garden river doctor
+teacher engineer""".split()
 RUBRIC = " ".join(
     f"{n} points if the {a} is named, and none if the {b} is missing or only hinted at."
     for n, a, b in zip(("One", "Two", "Three", "Four", "Five", "Six"), WORDS[:6], WORDS[6:12], strict=True)
@@ -38,7 +39,7 @@ def rows(kind: str, n: int, seed: int):
     "Rows of a kind, one after the other."
     rng = random.Random(seed)
     for i in range(n):
-        sentence = f"Please transfer {rng.randrange(10**6)} yuan to {rng.choice(NAMES)} before day {1 + i % 28} is over."
+        sentence = f"Please transfer {rng.randrange(10**6)} yuan to {rng.choice(NAMES)} by day {1 + i % 28} at noon."
         note = " ".join(rng.choices(WORDS, k=12))
         asked = {
             "template": (sentence, ""),
