@@ -167,9 +167,10 @@ def evaluate_section(record: dict, **_) -> str:
 {%- if r.cut %}, {{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }}
 (paired bootstrap over questions).
 {%- if one %} One question has {{ one.share }} of the answer tokens, <q>{{ one.unit }}</q> ({{ one.records }} records):
-on the others, the loss fell by {{ one.without }}.{% endif %}{% if r.side == "test" %} These are the records of the test side, which
-chose nothing.{% else %} The best checkpoint was chosen on these same records, which flatters the number a
-little.{% endif %}</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
+on the others, the loss fell by {{ one.without }}.{% endif %}
+{%- if r.side == "test" %} These are the records of the test side, which chose nothing.
+{%- else %} The best checkpoint was chosen on these same records, which flatters the number a little.
+{%- endif %}</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
 <h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not
 truer: read them.</p>{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""",
                   r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high,

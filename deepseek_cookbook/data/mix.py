@@ -90,6 +90,7 @@ def read_clean(
         changed.update(k for k in ("instruction", "input", "output", "history") if old.get(k) != new.get(k))
     return domains, rejected + dirty, dict(changed)
 
+# %% ../../nbs/01b_data.mix.ipynb #087ee2a1
 def mix_sources(
     ratios: dict[str, float],  # source -> its part, as DataPhaseConfig.mix
     format: str = "auto",  # as DataConfig.format
@@ -166,7 +167,8 @@ def _limited(records: list[dict], limit: int | None, seed: int) -> tuple[list[di
 def _summary(result: dict) -> str:
     "A line on what came out of the split."
     sides = ", ".join(f"{result[name]} {name} ({share:.1%})" for name, share in result["shares"].items())
-    cut = f", {result['near_copies_cut']} rows in chains of near copies that were cut" if result["near_copies_cut"] else ""
+    cut = result["near_copies_cut"]
+    cut = f", {cut} rows in chains of near copies that were cut" if cut else ""
     changed = ", ".join(f"{n} {field}" for field, n in result["changed"].items())
     return (f"data: {sides}; {result['units']} units, the largest of {result['largest_unit']} rows, "
             f"{result['near_copies']} rows beside a near copy{cut}; {sum(result['rejected'].values())} rejected; "

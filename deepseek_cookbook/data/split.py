@@ -117,8 +117,10 @@ class Unit:
     questions: int = 1  # different ones
 
 def _digest(text: str, seed: str = "") -> bytes:
+    "A hash that a seed makes another order of."
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=seed.encode()).digest()
 
+# %% ../../nbs/01j_data.split.ipynb #03a730b3
 def _units(records: list[dict], near, most: float, least: int) -> tuple[list[Unit], int]:
     "The units, and the number of rows in chains that were cut."
     asked = {}
@@ -202,6 +204,7 @@ def _check_shares(shares: dict[str, float]):
         raise DataError(f"data: {' + '.join(shares)} is {sum(shares.values()):g} of the rows, which leaves none to "
                         "train on. Lower one of them.")
 
+# %% ../../nbs/01j_data.split.ipynb #804d9154
 def split_sides(
     records: list[dict],  # four-field records
     shares: dict[str, float],  # side -> share of the rows, such as {"validation": 0.12, "test": 0.1}

@@ -197,4 +197,5 @@ def evaluate_phase(
     side = "test" if (run.phase("data") / "test.jsonl").is_file() else "validation"
     records = read_jsonl(run.phase("data") / f"{side}.jsonl")
     model = load_model(**settings["model"], adapter=run.phase("sft") / "adapter")
-    return compare(model, load_tokenizer(settings["model"]["name"]), records, settings.build("evaluate")) | dict(side=side)
+    tokenizer = load_tokenizer(settings["model"]["name"])
+    return dict(side=side) | compare(model, tokenizer, records, settings.build("evaluate"))
