@@ -16,7 +16,7 @@ _PUBLIC = {
     "clean": "data.clean",
     "clean_records": "data.clean",
     "CleanConfig": "data.clean",
-    "split_records": "data.mix",
+    "split_records": "data.split",
     "train_sft": "sft.train",
     "TrainConfig": "sft.train",
     "LoRALinear": "sft.lora",

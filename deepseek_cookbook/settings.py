@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 SECTIONS = {
     "run": "deepseek_cookbook.settings:RunConfig",
     "model": "deepseek_cookbook.settings:ModelConfig",
-    "data": "deepseek_cookbook.data.formats:DataConfig",
+    "data": "deepseek_cookbook.data.mix:DataPhaseConfig",
     "clean": "deepseek_cookbook.data.clean:CleanConfig",
     "augment": "deepseek_cookbook.augment.gate:AugmentConfig",
     "lora": "peft:LoraConfig",
