@@ -21,9 +21,9 @@ import numpy as np
 
 # %% ../../nbs/01a_data.clean.ipynb #67244aa1
 from .duplicates import SIGN, Benchmark, Compared, KeyTable, NearIndex, evaluation_texts, exact_key
-from .filters import (MAYBE, Idf, clean_characters, garbled, language, mask_pii, normalize,
+from .filters import (MAYBE, PIECE, Idf, clean_characters, garbled, language, mask_pii, normalize,
                                             pieces)
-from .formats import MAX_LINE, DataError, check_record, iter_raw, parse_line
+from .formats import FIELDS, MAX_LINE, DataError, check_record, iter_raw, parse_line
 from ..settings import atomic_write
 
 # %% ../../nbs/01a_data.clean.ipynb #c8222234
@@ -65,16 +65,21 @@ class Seen:
     record: dict | None = None  # mended
     changes: Counter | None = None  # characters, width, nfkc: texts; EMAIL, PHONE, ID: places that were masked
     private: Counter | None = None  # EMAIL, PHONE, ID: places that were left as they are
-    split: list | None = None  # pieces of instruction, input and output
 
 LINE_REASONS = {"above the limit": "too_long", "no UTF-8": "not_utf8", "not valid JSON": "not_json"}
+
+def _plain(row) -> bool:
+    "Whether this is a record of four fields without history: most are, and then `check_record` has nothing to find."
+    if type(row) is not dict or row.keys() != FIELDS.keys() or row["history"] != []: return False
+    ask, page, answer = row["instruction"], row["input"], row["output"]
+    return type(ask) is type(page) is type(answer) is str and not (ask.isspace() or answer.isspace()) and bool(ask and answer)
 
 def _read_line(seen: Seen, faults: list[str]) -> Seen:
     "Layer 1: the line as a record."
     row = None
     if not faults: row, faults = parse_line(seen.line)
     if faults: seen.reason = next((code for word, code in LINE_REASONS.items() if word in faults[0]), "malformed")
-    elif faults := check_record(row): seen.reason = "malformed"
+    elif not _plain(row) and (faults := check_record(row)): seen.reason = "malformed"
     seen.detail, seen.record = "; ".join(faults), None if faults else row
     return seen
 
@@ -116,11 +121,16 @@ class Tools:
     idf: Idf | None = None
     least: float = 0.0  # nats of information below which an answer is pruned
 
-    def judge(self, record: dict, split: list[list[str]]) -> tuple[str, str]:
-        "Reason and detail, or two empty texts; `split` holds the pieces of instruction, input and answer."
+    def _too_short(self, answer: str) -> str:
+        "What is wrong with the length of an answer; a sign alone is an answer, too, where one piece is enough."
+        least = self.config.min_answer
+        if least < 2: return "no word and no sign" if least and not (PIECE.search(answer) or SIGN.search(answer)) else ""
+        return f"{n} pieces, fewer than {least}" if (n := len(pieces(answer))) < least else ""
+
+    def judge(self, record: dict) -> tuple[str, str]:
+        "Reason and detail, or two empty texts."
         config, answer = self.config, record["output"]
-        if (n := len(split[2])) < config.min_answer and not (config.min_answer == 1 and SIGN.search(answer)):
-            return "short_answer", f"{n} pieces, fewer than {config.min_answer}"
+        if short := self._too_short(answer): return "short_answer", short
         if not (config.languages or self.idf or self.benchmark): return "", ""
         text = " ".join((record["instruction"], record["input"], answer))
         if config.languages and (found := language(text)) and found not in config.languages:
@@ -135,9 +145,7 @@ def inspect_line(number: int, line: bytes, faults: list[str], tools: Tools) -> S
     "All layers that look at one row alone."
     seen = _read_line(Seen(number, line), faults)
     if not seen.reason: seen = _mend(seen, tools.config)
-    if not seen.reason:
-        seen.split = [pieces(seen.record[k]) for k in ("instruction", "input", "output")]
-        seen.reason, seen.detail = tools.judge(seen.record, seen.split)
+    if not seen.reason: seen.reason, seen.detail = tools.judge(seen.record)
     return seen
 
 # %% ../../nbs/01a_data.clean.ipynb #33e0636e
@@ -166,8 +174,8 @@ def make_tools(config: CleanConfig, lines: Iterable[bytes] = (), sample: int = 2
 class Batch:
     "Rows that one worker has seen, and the hashes of those without a reason."
     seen: list[Seen]
-    exact: np.ndarray  # (K,) uint64
     ids: np.ndarray  # (K,) uint64, 0 for a row without an id
+    exact: np.ndarray  # (K,) uint64
     near: Compared | None  # None where no near copies are looked for
 
 def _id_key(record: dict) -> int:
@@ -180,9 +188,8 @@ def inspect_batch(lines: list[tuple[int, bytes, list[str]]], tools: Tools) -> Ba
     good = [s for s in seen if not s.reason]
     records = [s.record for s in good]
     def keys(values): return np.fromiter(values, np.uint64, len(good))
-    near = Compared.of(records, [s.split for s in good], config.near, config.same_numbers, config.seed) if config.near else None
-    for s in seen: s.split = None
-    return Batch(seen, keys(map(exact_key, records)), keys(map(_id_key, records)), near)
+    near = Compared.of(records, config.near, config.same_numbers, config.seed) if config.near else None
+    return Batch(seen, keys(map(_id_key, records)), near.exact if near else keys(map(exact_key, records)), near)
 
 # %% ../../nbs/01a_data.clean.ipynb #4d97091b
 _tools: Tools | None = None  # of a worker process
@@ -385,6 +392,7 @@ def clean(
     rows, lines = Rows(config), _rows_of(source, config)
     tools = make_tools(config, (line for _, line, faults in iter_raw(source, config.max_line) if not faults))
     done = CleanReport(str(source), str(target), str(rejected), asdict(config))
+    as_json = json.JSONEncoder(ensure_ascii=False).encode
     bar, size, bytes_read = tqdm(desc="clean", unit=" rows", disable=config.quiet), os.path.getsize(source), 0
     with bar, atomic_write(target) as good, atomic_write(rejected) as bad:
         for batch in _inspect_all(lines, tools):
@@ -392,7 +400,7 @@ def clean(
             for seen in batch.seen:
                 done.note(seen)
                 row, file = (rejected_row(seen), bad) if seen.reason else (seen.record, good)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(as_json(row) + "\n")
             bytes_read += sum(len(seen.line) + 1 for seen in batch.seen)
             bar.total = round(max(1, size / bytes_read) * done.read)  # an estimate that gets better
             bar.update(len(batch.seen))
