@@ -231,6 +231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'deepseek_cookbook/data/clean.py'),
                                               'deepseek_cookbook.data.clean._start_worker': ( 'data.clean.html#_start_worker',
                                                                                               'deepseek_cookbook/data/clean.py'),
+                                              'deepseek_cookbook.data.clean._whole': ( 'data.clean.html#_whole',
+                                                                                       'deepseek_cookbook/data/clean.py'),
                                               'deepseek_cookbook.data.clean.clean': ( 'data.clean.html#clean',
                                                                                       'deepseek_cookbook/data/clean.py'),
                                               'deepseek_cookbook.data.clean.clean_records': ( 'data.clean.html#clean_records',

@@ -55,7 +55,7 @@ class CleanConfig:
         if wrong: raise DataError("clean: " + "; ".join(wrong))
 
 # %% ../../nbs/01a_data.clean.ipynb #6b69c5e0
-@dataclass
+@dataclass(slots=True)
 class Seen:
     "What the filters say of one line."
     number: int  # of the line, from 1
@@ -101,14 +101,18 @@ def _mend_record(seen: Seen, config: CleanConfig) -> dict:
     record = {k: fix(v, k) if isinstance(v, str) and k != "id" else v for k, v in seen.record.items()}
     return record | dict(history=[[fix(user, "user"), fix(said, "output")] for user, said in record["history"]])
 
+def _whole(record: dict) -> str:
+    "All texts of a record."
+    texts = [record["instruction"], record["input"], record["output"], record.get("system") or ""]
+    return "\n".join(texts + [text for turn in record["history"] for text in turn] if record["history"] else texts)
+
 def _mend(seen: Seen, config: CleanConfig) -> Seen:
     "Layer 2: every text of the record; traces of a wrong decoding and texts that are blank now are reasons."
-    def texts(record): return [v for k, v in record.items() if isinstance(v, str) and k != "id"]
-    whole = "\n".join(texts(seen.record) + [text for turn in seen.record["history"] for text in turn])
+    whole = _whole(seen.record)
     if config.normalize != "none" or not whole.replace("\n", "").isprintable() or MAYBE.search(whole):
         seen.record = _mend_record(seen, config)
         if faults := check_record(seen.record): seen.reason, seen.detail = "malformed", "; ".join(faults)
-        whole = "\n".join(texts(seen.record) + [text for turn in seen.record["history"] for text in turn])
+        whole = _whole(seen.record)
     if trace := garbled(whole): seen.reason, seen.detail = "garbled", f"holds {trace!r}"
     return seen
 

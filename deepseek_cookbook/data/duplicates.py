@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 
 # %% ../../nbs/01f_data.duplicates.ipynb #0c996c36
-from .filters import HAN, MARKS, PIECE, pieces
+from .filters import HAN, MARKS, pieces
 from .formats import DataError
 
 # %% ../../nbs/01f_data.duplicates.ipynb #3cd9d52d
@@ -121,13 +121,14 @@ PLACE = np.random.default_rng(0).integers(1, 2**63, 64, dtype=np.uint64) | np.ui
 @lru_cache(1)
 def kinds() -> np.ndarray:  # (0x110000,) uint8
     "The kind of every character."
-    every, table = list(map(chr, range(0x110000))), np.zeros(0x110000, np.uint8)
-    text = "".join(every)
-    alnum = np.fromiter(map(str.isalnum, every), bool)
-    table[alnum] = WORD
-    for pattern, kind in ((f"[{MARKS}]+", WORD), ("[0-9]+", DIGIT), (f"[{HAN}]+", HANZI), (f"(?:{SIGN.pattern})+", MARK)):
-        for m in re.finditer(pattern, text): table[m.start():m.end()] = kind
-    table[(table == MARK) & alnum] = RAISED  # such as the 2 of m²
+    table = np.zeros(0x110000, np.uint8)
+    for plane in range(0, 0x110000, 1 << 16):
+        text, part = "".join(map(chr, range(plane, plane + (1 << 16)))), table[plane:plane + (1 << 16)]
+        alnum = np.fromiter(map(str.isalnum, text), bool)
+        part[alnum] = WORD
+        for pattern, kind in ((f"[{MARKS}]+", WORD), ("[0-9]+", DIGIT), (f"[{HAN}]+", HANZI), (f"(?:{SIGN.pattern})+", MARK)):
+            for m in re.finditer(pattern, text): part[m.start():m.end()] = kind
+        part[(part == MARK) & alnum] = RAISED  # such as the 2 of m²
     return table
 
 def mixed(x: np.ndarray) -> np.ndarray:
@@ -144,8 +145,9 @@ def _sums(values: np.ndarray, first: np.ndarray) -> np.ndarray:
 # %% ../../nbs/01f_data.duplicates.ipynb #90f1e0d7
 class Tokens:
     "The pieces and facts of many texts, as hashes."
-    def __init__(self, texts: list[str], numbers: bool = True):
-        joined = "\0".join([t.replace("\0", " ") if "\0" in t else t for t in texts] + [""]).casefold()
+    def __init__(self, texts: list[str], numbers: bool = True, fold: bool = True):
+        joined = "\0".join([t.replace("\0", " ") if "\0" in t else t for t in texts] + [""])
+        joined = joined.casefold() if fold else joined
         codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
         kind, edges = kinds()[codes], np.concatenate([[-1], np.flatnonzero(codes == 0)])
         inside = (kind > 0) & (kind <= RAISED)
@@ -199,8 +201,8 @@ def fact_hashes() -> tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/01f_data.duplicates.ipynb #64013f96
 CODE_SIGN = re.compile(r"[`{}\\=_<>;\t(]|\n ")
 CODE = re.compile(r"[`{}\\=]|[A-Za-z0-9]_[A-Za-z0-9]|</?[A-Za-z]|[\w)] ?[<>] ?[\w(]|;[ \t]*$|\n[ \t]+\S|[A-Za-z0-9_]\([\w, ]*\)", re.M)
-SPELLING = frozenset("uppercase lowercase upper lower titlecase case camelcase capital capitals capitalise capitalize capitalisation punctuation punctuate "
-                     "spell spelling spelt misspelled grammar proofread typo typos comma commas whitespace indent indentation".split())
+SPELLING = ("ercase", "er case", "er-case", "title case", "capital", "punctuat", "spell", "gramma", "typo", "commas", "proofread",
+            "indent", "white space", "whitespace")
 SPELLING_ZH = "大写", "小写", "标点", "错别字", "拼写", "语法", "校对", "病句", "空格"
 
 def is_code(text: str) -> bool:
@@ -209,12 +211,13 @@ def is_code(text: str) -> bool:
 
 def to_the_letter(
     record: dict,  # the four fields
-    words: list[str] | None = None,  # the pieces of its instruction
 ) -> list[bool]:  # for instruction, input and output
     "Which parts of a record must be the same, character by character, in a copy."
-    ask, parts = record["instruction"], (record["instruction"], record["input"], record["output"])
-    if not SPELLING.isdisjoint(pieces(ask) if words is None else words) or any(w in ask for w in SPELLING_ZH): return [True] * 3
-    return [bool(CODE.search(t)) for t in parts] if CODE_SIGN.search("\n".join(parts)) else [False] * 3
+    parts = record["instruction"], record["input"], record["output"]
+    ask = parts[0].casefold()
+    for word in SPELLING if ask.isascii() else SPELLING + SPELLING_ZH:
+        if word in ask: return [True] * 3
+    return list(map(is_code, parts)) if CODE_SIGN.search("\n".join(parts)) else [False] * 3
 
 # %% ../../nbs/01f_data.duplicates.ipynb #c3ad968f
 PARTS = "instruction", "input", "output"
@@ -285,12 +288,14 @@ def exact_key(
     letter: list[bool] | None = None,  # `to_the_letter` of the record
 ) -> int:  # 64 bits, never zero
     "A hash of a record; case and white space don't count, but in code and in an answer of one word."
-    def fold(text, exact=False): return text.strip() if exact else " ".join(text.casefold().split())
-    ask, page, answer = letter or to_the_letter(record)
-    said = record["output"].strip()
-    texts = [fold(record["instruction"], ask), fold(record["input"], page), said if " " not in said else fold(said, answer)]
-    if system := record.get("system"): texts.append(fold(system))
-    return _hash(texts + [fold(t) for turn in record["history"] for t in turn])
+    def fold(*texts): return " ".join(" \0 ".join(texts).casefold().split())
+    ask, page, answer = (record[name] for name in PARTS)
+    exact = letter or to_the_letter(record)
+    said = answer.strip()
+    if any(exact): texts = [t.strip() if same else fold(t) for t, same in zip((ask, page, answer), exact, strict=True)]
+    else: texts = [fold(ask, page), said] if len(said.split(None, 1)) < 2 else [fold(ask, page, answer)]
+    before = [text for turn in record["history"] for text in turn]
+    return _hash([*texts, record.get("system") or "", *map(fold, before)])
 
 # %% ../../nbs/01f_data.duplicates.ipynb #ba53b30b
 def dealt(
@@ -409,7 +414,8 @@ class Compared:
         letter = np.array([to_the_letter(r) for r in records], bool).reshape(-1, 3)
         wide = (count >= long_from(threshold)) & ~letter
         full = mixed(tokens.words.reshape(-1, 3) + facts * GOLD)
-        for i in np.flatnonzero(~wide[:, 2]): full[i, 2] ^= np.uint64(_hash(PIECE.findall(records[i]["output"])))
+        short = np.flatnonzero(~wide[:, 2])
+        full[short, 2] ^= Tokens([records[i]["output"] for i in short], fold=False).words
         for i, j in np.argwhere(letter): full[i, j] = _hash([records[i][PARTS[j]].strip()])
         before = np.array([_before(r) for r in records], np.uint64)
         at = np.flatnonzero(wide[:, 2])
