@@ -375,6 +375,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'deepseek_cookbook/data/duplicates.py'),
                                                    'deepseek_cookbook.data.duplicates._json_texts': ( 'data.duplicates.html#_json_texts',
                                                                                                       'deepseek_cookbook/data/duplicates.py'),
+                                                   'deepseek_cookbook.data.duplicates._own_topics': ( 'data.duplicates.html#_own_topics',
+                                                                                                      'deepseek_cookbook/data/duplicates.py'),
                                                    'deepseek_cookbook.data.duplicates._rensa': ( 'data.duplicates.html#_rensa',
                                                                                                  'deepseek_cookbook/data/duplicates.py'),
                                                    'deepseek_cookbook.data.duplicates._row_keys': ( 'data.duplicates.html#_row_keys',

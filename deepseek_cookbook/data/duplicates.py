@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PERMS', 'BANDS', 'WIDE', 'SIGN', 'FACTS', 'WORD', 'DIGIT', 'RAISED', 'HANZI', 'MARK', 'GOLD', 'PLACE', 'CODE_SIGN',
-           'CODE', 'SPELLING', 'SPELLING_ZH', 'PARTS', 'shingles', 'jaccard', 'minhash', 'signatures', 'signatures_of',
-           'found_chance', 'band_keys', 'long_from', 'kinds', 'mixed', 'Tokens', 'fact_hashes', 'is_code',
-           'to_the_letter', 'topic_bits', 'KeyTable', 'exact_key', 'dealt', 'SignatureStore', 'NearIndex', 'Compared',
-           'Benchmark', 'evaluation_texts']
+           'CODE', 'SPELLING', 'SPELLING_ZH', 'PARTS', 'TOPICS', 'shingles', 'jaccard', 'minhash', 'signatures',
+           'signatures_of', 'found_chance', 'band_keys', 'long_from', 'kinds', 'mixed', 'Tokens', 'fact_hashes',
+           'is_code', 'to_the_letter', 'topic_bits', 'KeyTable', 'exact_key', 'dealt', 'SignatureStore', 'NearIndex',
+           'Compared', 'Benchmark', 'evaluation_texts']
 
 # %% ../../nbs/01f_data.duplicates.ipynb #6aeb777b
 import csv, hashlib, json, math, re
@@ -160,7 +160,7 @@ class Tokens:
         self.pieces, size = (np.add.reduceat(x, self.at, dtype=x.dtype) if len(self.at) else x[:0]
                              for x in (terms, (inside | start).astype(np.int32)))
         self.pieces, self.count = mixed(self.pieces), np.diff(self.first)
-        self.topical = np.where((size > 3) | (kind[self.at] == HANZI), self.pieces, 0)  # what can be a topic
+        self.topical = np.where((size > 2) | (kind[self.at] == HANZI), self.pieces, 0)  # what can be a topic
         order = np.arange(len(self.at)) - np.repeat(self.first[:-1], self.count)
         self.words = _sums(mixed(self.pieces + order.astype(np.uint64) * GOLD), self.first)
         self.facts = self._signs(codes, kind, before, edges, numbers) ^ self._fact_words()
@@ -235,14 +235,16 @@ def _row_keys(before: np.ndarray, faces: np.ndarray) -> np.ndarray:
     for column in faces.T: keys = mixed(keys * GOLD + column)
     return keys | np.uint64(1)
 
+TOPICS = 24  # bytes
+
 def topic_bits(
     question: list,  # hashes of its pieces
     answer: list,  # hashes of its pieces
-) -> bytes:  # 16: a bit for each
-    "The words of four letters or more and the Han characters that question and answer share."
-    bits = 0
-    for piece in set(question).intersection(answer) - {0}: bits |= 1 << (piece & 127)
-    return bits.to_bytes(16, "little")
+) -> bytes:  # 24: a bit for each, their number, a sum of their hashes
+    "The words of three letters or more and the Han characters that question and answer share."
+    shared, bits = set(question).intersection(answer) - {0}, 0
+    for piece in shared: bits |= 1 << (piece & 127)
+    return (bits | (len(shared) & 255) << 128 | sum(shared) % (1 << 56) << 136).to_bytes(TOPICS, "little")
 
 # %% ../../nbs/01f_data.duplicates.ipynb #7ce51f46
 class KeyTable:
@@ -307,23 +309,28 @@ def dealt(
     part = first[:, None] + np.arange(PERMS) % long[:, None]
     return np.take_along_axis(signed, part, axis=0) if len(signed) else np.empty((0, PERMS), signed.dtype)
 
+def _own_topics(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "Whether both of (N, TOPICS) have a topic that the other one lacks."
+    mine, other = (np.ascontiguousarray(side).view(np.uint64) for side in (a, b))
+    apart = (mine[:, :2] & ~other[:, :2]).any(axis=1) & (other[:, :2] & ~mine[:, :2]).any(axis=1)
+    return apart | (a[:, 16] == b[:, 16]) & (mine[:, 2] != other[:, 2])
+
 class SignatureStore:
     "The signatures and topics of the kept rows, a byte a position."
     def __init__(self, threshold: float, chunk: int = 1 << 12):
         self.threshold, self.chunk, self.count, self.blocks = threshold, chunk, 0, []
 
     def near(self, a: np.ndarray, b: np.ndarray, long: np.ndarray) -> np.ndarray:
-        "Whether rows (N, PERMS + 16) agree beyond the threshold in each of their (N,) long parts, and in their topics."
+        "Whether rows (N, PERMS + TOPICS) agree beyond the threshold in each of their (N,) long parts, and in their topics."
         equal, out = a[:, :PERMS] == b[:, :PERMS], np.ones(len(a), bool)
         for n in np.unique(long):
             rows = np.flatnonzero(long == n)
             share = equal[rows].reshape(len(rows), -1, n).mean(axis=1)
             out[rows] = (((share - 1 / 256) / (1 - 1 / 256)) >= self.threshold - 1e-9).all(axis=1)
-        mine, other = (np.ascontiguousarray(side[:, PERMS:]).view(np.uint64) for side in (a, b))
-        return out & ~((mine & ~other).any(axis=1) & (other & ~mine).any(axis=1))
+        return out & ~_own_topics(a[:, PERMS:], b[:, PERMS:])
 
     def add(self, rows: np.ndarray) -> np.ndarray:
-        "Store bytes (N, PERMS + 16); returns their row numbers."
+        "Store bytes (N, PERMS + TOPICS); returns their row numbers."
         numbers = np.arange(self.count, self.count + len(rows), dtype=np.int32)
         while len(rows):
             place = self.count % self.chunk
@@ -334,9 +341,9 @@ class SignatureStore:
         return numbers
 
     def get(self, rows: np.ndarray) -> np.ndarray:
-        "Bytes (N, PERMS + 16) of these rows."
+        "Bytes (N, PERMS + TOPICS) of these rows."
         block, place = np.divmod(rows, self.chunk)
-        out = np.empty((len(rows), PERMS + 16), np.uint8)
+        out = np.empty((len(rows), PERMS + TOPICS), np.uint8)
         for b in np.unique(block): out[block == b] = self.blocks[b][place[block == b]]
         return out
 
@@ -378,12 +385,12 @@ class NearIndex:
         signed: np.ndarray,  # (B, PERMS) uint32
         salts: np.ndarray,  # (B,) uint64: rows with different ones never meet
         long: np.ndarray | None = None,  # (B,) long parts of each row; one by default
-        topics: np.ndarray | None = None,  # (B, 16) uint8; none by default
+        topics: np.ndarray | None = None,  # (B, TOPICS) uint8; none by default
     ) -> np.ndarray:  # (B,)
         "The number of the kept row that each row is near to, or -1: then it is kept as the next number."
         if not len(signed): return np.empty(0, np.int64)
         long = np.ones(len(signed), np.int64) if long is None else long
-        topics = np.zeros((len(signed), 16), np.uint8) if topics is None else topics
+        topics = np.zeros((len(signed), TOPICS), np.uint8) if topics is None else topics
         small, keys = np.hstack([signed.astype(np.uint8), topics]), band_keys(signed, salts)
         owner = np.stack([table.find(column) for table, column in zip(self.tables, keys.T, strict=True)], axis=1)
         like = _earlier(self.store, small, long, owner)
@@ -404,7 +411,7 @@ class Compared:
     salts: np.ndarray  # (M,) uint64
     long: np.ndarray  # (M,) long parts
     signed: np.ndarray  # (M, PERMS) uint32
-    topics: np.ndarray  # (M, 16) uint8
+    topics: np.ndarray  # (M, TOPICS) uint8
 
     @classmethod
     def of(cls, records: list[dict], threshold: float = 0.75, numbers: bool = True, seed: int = 42) -> "Compared":
@@ -430,7 +437,7 @@ def _signed(tokens: Tokens, at: np.ndarray, wide: np.ndarray, seed: int) -> tupl
     signed = dealt(signatures_of(hashes, first, seed), wide.sum(axis=1))
     spans = tokens.first[3 * at[:, None] + np.array([0, 2, 3])].tolist()
     bits = [topic_bits(tokens.topical[a:b].tolist(), tokens.topical[b:c].tolist()) for a, b, c in spans]
-    return signed, np.frombuffer(b"".join(bits), np.uint8).reshape(-1, 16)
+    return signed, np.frombuffer(b"".join(bits), np.uint8).reshape(-1, TOPICS)
 
 # %% ../../nbs/01f_data.duplicates.ipynb #052d2ffb
 class Benchmark:
