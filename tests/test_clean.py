@@ -411,6 +411,7 @@ PAGE = " ".join(
     f"The {a} of the old mill is made of {b} and was repaired by the {c}." for a, b, c in zip(*NAMES, strict=True)
 )
 LONG = "Take the lift to the second floor, turn left behind the glass door, and ask at the desk for the key of the room."
+OPEN = " It is open from the early morning to the evening on most days, and on the last one of every week until noon."
 LANG = "请先乘电梯到达二楼，出来以后向左转，穿过玻璃门，在服务台前排队领取阅览室的钥匙，并在离开之前把钥匙还给值班的同事。"
 REPLY = "Dear {0}, thank you for your order of a {1}. It has left our house and should reach you within a few days."
 LIST = "Please read the list of all the tools that we keep in the shed behind the house, and say what each is for: {}."
@@ -472,8 +473,8 @@ COPY = {
     "punctuation in Chinese": (record("钥匙在哪里？", "在二楼，左边。"), record("钥匙在哪里", "在二楼。左边！")),
     "two words of a page": (record("Sum up the page.", LONG, PAGE),
                             record("Sum up the page.", LONG, PAGE.replace("slate", "straw").replace("potter", "monk"))),
-    "words of page and answer": (record("Sum up the page.", LONG, PAGE),
-                                 record("Sum up the page.", LONG.replace("lift", "stairs"), PAGE.replace("slate", "straw"))),
+    "words of page and answer": (record("Sum up the page.", LONG + OPEN, PAGE),
+                                 record("Sum up the page.", LONG.replace("lift", "train") + OPEN, PAGE.replace("slate", "straw"))),
     "a label": (record(RULES + "My book is overdue.", "loans"), record(RULES + "My book is overdue", "loans.")),
     "the page's case": (record("Who repaired the roof?", "The miller.", PAGE), record("Who repaired the roof?", "The miller.", PAGE.upper())),
     "code": (record("Write it.", "def f(x):\n    return x\n"), record("Write it. ", "def f(x):\n    return x")),
@@ -492,18 +493,11 @@ def test_copies_are_found(name, turn):
 def test_the_order_of_the_rows_changes_only_the_order(rows, chance):
     "Which rows of a group stay may differ; how many, and which groups there are, may not."
 
-    def groups(rows):
-        kept, out = clean_records(rows, quiet)
-        assert len(kept) + len(out) == len(rows)
-        leader = {i: i for i, r in enumerate(rows) if r not in [o["row"] for o in out]}
-        where = [i for i, r in enumerate(rows)]
-        return len(kept), len(leader) and len(where)
-
     first = clean_records(rows, quiet)
     mixed = list(rows)
     chance.shuffle(mixed)
     second = clean_records(mixed, quiet)
-    assert len(first[0]) == len(second[0])
+    assert len(first[0]) == len(second[0]) and len(first[0]) + len(first[1]) == len(rows)
     both = clean_records(first[0] + second[0], quiet)  # every row that stayed has its copy on the other side
     assert len(both[0]) == len(first[0]) and clean_records(first[0], quiet) == (first[0], [])
 
@@ -546,8 +540,28 @@ def test_a_bad_evaluation_file_is_named(tmp_path):
             evaluation_texts(tmp_path / name)
 
 
-def test_short_evaluation_texts_are_ignored_and_counted():
-    assert (Benchmark(["Yes", "B"]).ignored, Benchmark(["Yes"]).overlap("Yes")) == (2, "")
+def test_short_evaluation_texts_must_be_the_whole_question():
+    bench = Benchmark(["Yes", "B", "What is 7 * 8?", "首都？"])
+    assert (bench.ignored, bench.texts, bench.overlap("Yes", "Yes")) == (2, 2, "")
+    assert bench.overlap("what is 7*8 = 56", "what is 7*8") and bench.overlap("首都 北京", "首都")
+    for other in ("What is 7 + 8?", "What is 78?", "What is 7 * 8 and why?", "首都机场"):
+        assert bench.overlap(other, other) == ""
+
+
+@pytest.mark.parametrize("name, text", [
+    ("e.json", '{"data": [{"qa": [{"question": "Who was the first person on the moon?"}], "n": 3}]}'),
+    ("e.json", '[["Who was the first person on the moon?", null]]'),
+    ("e.json", '{"q": 1}\n{"q": "Who was the first person on the moon?"}\n'),
+    ("e.jsonl", '"Who was the first person on the moon?"\n'),
+    ("e.csv", 'id,question\n1,"Who was the first person\non the moon?"\n'),
+    ("e.tsv", "id\tquestion\n1\tWho was the first person on the moon?\n"),
+    ("e.txt", "\ufeffWho was the first person on the moon?"),
+])  # fmt: skip
+def test_evaluation_texts_of_any_shape(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = [record("Who was the first person on the MOON", "Armstrong."), record("Who was the last one?", "Cernan.")]
+    kept, out = clean_records(rows, CleanConfig(quiet=True, evaluation=(str(tmp_path / name),)))
+    assert kept == rows[1:] and reasons(out) == ["contaminated"]
 
 
 # ---------------------------------------------------------------- one text
@@ -619,6 +633,83 @@ def test_patterns_do_not_hang():
         mask_pii(value)
 
 
+CODE = ["z = q@self.weights", "p = a@np.linalg.pinv(b)", "git clone git@gitlab.com:lab/tool.git", "revenue +25000000 this year",
+        "The slope is +0.5, the limit +2.71828183.", "+2024-06-30 release", "lines 220-230-4400", "h = q@k.mT", "W@x.view(2)",
+        "x @ y.sum()", "第220-230-4400行", "总额13800138000元", "订单号13800138000", "$13800138000", "+1000000000", "deploy@host:/srv",
+        "r = +3.1415926535"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", CODE)
+def test_code_sums_and_dates_are_no_private_data(value):
+    assert mask_pii(value) == (value, {})
+
+
+@pytest.mark.parametrize("value", ["a.b@mail.co.uk", "ZHANG@EXAMPLE.COM.CN", "li_wei+x@qq.com", "me@site.de"])
+def test_addresses_are_masked(value):
+    for around in ("邮箱{}。", "write to {}, please", "{}.", "<{}>"):
+        assert mask_pii(around.format(value)) == (around.format("[EMAIL]"), {"EMAIL": 1})
+
+
+@pytest.mark.parametrize("mask, ask, said, masked", [
+    ("none", "Call 13800138000", "010-62345678", 0), (False, "Call 13800138000", "010-62345678", 0),
+    ("question", "Call [PHONE]", "010-62345678", 3), ("all", "Call [PHONE]", "[PHONE]", 5), (True, "Call [PHONE]", "[PHONE]", 5),
+])  # fmt: skip
+def test_what_is_masked_is_what_was_asked_for_and_all_is_counted(mask, ask, said, masked):
+    row = record("Call 13800138000", "010-62345678", "13900139000", [["13700137000", "13600136000"]])
+    report = clean_module.CleanReport()
+    kept, _ = clean_records([row], CleanConfig(quiet=True, mask=mask), report)
+    assert (kept[0]["instruction"], kept[0]["output"]) == (ask, said)
+    assert (report.changed["PHONE"], report.private["PHONE"]) == (masked, 5 - masked)
+    assert report.counts()["private_left"] == ({"PHONE": 5 - masked} if masked < 5 else {})
+    assert "<h2>Private data that was left" in report.html() if masked < 5 else "was left" not in report.html()
+
+
+@pytest.mark.parametrize("value", [
+    "shaking \U0001fae8", "rare \U0002ebf0", "\U0001fae8\u200d\U0001f4bb", "new \U0001fadf",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+])  # fmt: skip
+def test_characters_that_this_python_does_not_know_stay(value):
+    assert clean_characters(value) == value
+
+
+def test_what_no_table_will_ever_hold_goes():
+    for gone in ("\ufdd0", "\uffff", "\U0001ffff", "\ue000", "\U000e0041\U000e0042", "\U0001f3f4\u200b"[1:], "\u2066", "\x9b"):
+        assert clean_characters(f"a{gone}b") == "ab"
+    assert filters.INVISIBLE.pattern.count("\\p") == 0 and not hasattr(filters, "script")  # no table of this Python is asked
+
+
+@given(st.text(st.sampled_from("ab\u200d\u200c\u200bبک👩💻🏴\U000e0067\U000e007f\ufe0f 好1"), max_size=12))
+def test_joiners_and_tags_are_cleaned_once(value):
+    assert clean_characters(clean_characters(value)) == clean_characters(value)
+
+
+def test_nfkc_keeps_what_it_would_change_the_meaning_of():
+    assert normalize("１０⁶，3½，①②，x₁，ﬁ", "nfkc") == "10⁶,3½,①②,x₁,fi"
+    kept, _ = clean_records([record("How many?", "10⁶")], CleanConfig(quiet=True, normalize="nfkc"))
+    assert kept[0]["output"] == "10⁶"
+
+
+@given(st.text(max_size=30))
+def test_nfkc_is_done_once(value):
+    assert normalize(normalize(value, "nfkc"), "nfkc") == normalize(value, "nfkc")
+
+
+PROSELESS = ["def f(x):\n    return [i for i in range(10) if i % 2 == 0]\nprint(f(3), max(f(4)), sum(f(5)), min(f(7)))",
+             "$\\int_0^1 x^2 dx = \\frac13$, a + b = c, x_1 + x_2 = n, f(g(h(x))) = y, $\\sin x$", "x = 3y + 2, z = 5a - b, k = m n p q",
+             "SELECT name, age FROM users WHERE age > 30 ORDER BY name LIMIT 10 OFFSET 5",
+             "```\nthe words in a block of code are not the prose of this answer at all\n```"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", PROSELESS)
+def test_code_and_formulas_have_no_language_and_stay(value):
+    pytest.importorskip("py3langid")
+    assert language(value) == ""
+    for keep in ("zh", "en"):
+        assert len(clean_records([record("?1", value)], CleanConfig(quiet=True, languages=(keep,)))[0]) == 1
+    french = record("Quand arrive le colis ?", "Le colis arrive chez vous dans les trois jours ouvrables, `print(x)`.")
+    assert reasons(clean_records([french], CleanConfig(quiet=True, languages=("en",)))[1]) == ["language"]
+
+
 def test_width_keeps_chinese_punctuation():
     assert normalize("ＡＰＰ，１００（元）", "width") == "APP，100（元）"
 
@@ -664,7 +755,7 @@ def test_planted_faults_are_found(tmp_path, root):
     assert found["short_answer"] == planted["short"] and report.changed["characters"] == planted["invisible"]
     assert planted["exact_copy"] <= found["exact_copy"] <= planted["exact_copy"] + 3
     assert 0.95 * planted["near_copy"] <= found["near_copy"] <= planted["near_copy"]
-    assert sum(report.changed[k] for k in ("EMAIL", "PHONE", "ID")) == planted["private"]
+    assert sum(report.private.values()) == planted["private"] and not set(report.changed) & {"EMAIL", "PHONE", "ID"}
 
 
 # ---------------------------------------------------------------- the command, the page

@@ -31,7 +31,7 @@ from ..settings import atomic_write
 class CleanConfig:
     "What is filtered, and how."
     min_answer: int = 1  # pieces (Han characters or words) an answer has at least; the articles say 10
-    near: float = 0.75  # Jaccard similarity from which on a long part is alike; 1 takes equal words only, 0 looks for none
+    near: float = 0.75  # Jaccard similarity of long parts in a near copy; 1: equal words only, 0: look for none
     same_numbers: bool = True  # rows with different numbers are never near copies
     normalize: str = "none"  # none | width | nfkc
     mask: str = "none"  # none | question | all: where e-mail addresses, telephone and identity numbers are masked
@@ -50,7 +50,8 @@ class CleanConfig:
                       max_line=(100, math.inf), workers=(1, 256), seed=(0, 2**64 - 1))
         wrong = [f"{k} = {getattr(self, k)}: write a number from {low} to {high}" for k, (low, high) in ranges.items()
                  if not low <= getattr(self, k) <= high]
-        if self.mask not in ("none", "question", "all"): wrong.append(f"mask = {self.mask!r}: write none, question or all")
+        if self.mask not in ("none", "question", "all"):
+            wrong.append(f"mask = {self.mask!r}: write none, question or all")
         normalize("", self.normalize)
         if wrong: raise DataError("clean: " + "; ".join(wrong))
 
@@ -72,7 +73,7 @@ def _plain(row) -> bool:
     "Whether this is a record of four fields without history: most are, and then `check_record` has nothing to find."
     if type(row) is not dict or row.keys() != FIELDS.keys() or row["history"] != []: return False
     ask, page, answer = row["instruction"], row["input"], row["output"]
-    return type(ask) is type(page) is type(answer) is str and not (ask.isspace() or answer.isspace()) and bool(ask and answer)
+    return type(ask) is type(page) is type(answer) is str and bool(ask.strip() and answer.strip())
 
 def _read_line(seen: Seen, faults: list[str]) -> Seen:
     "Layer 1: the line as a record."
@@ -89,7 +90,8 @@ def _mend_text(text: str, config: CleanConfig, asked: bool, seen: Seen) -> str:
     clean = clean_characters(text)
     wide = normalize(clean, config.normalize)
     masked, found = mask_pii(wide)
-    seen.changes.update({name: 1 for name, new in (("characters", clean != text), (config.normalize, wide != clean)) if new})
+    if clean != text: seen.changes["characters"] += 1
+    if wide != clean: seen.changes[config.normalize] += 1
     covered = config.mask == "all" or config.mask == "question" and asked
     (seen.changes if covered else seen.private).update(found)
     return masked if covered else wide
@@ -136,7 +138,7 @@ class Tools:
         config, answer = self.config, record["output"]
         if short := self._too_short(answer): return "short_answer", short
         if not (config.languages or self.idf or self.benchmark): return "", ""
-        text = " ".join((record["instruction"], record["input"], answer))
+        text = "\n".join((record["instruction"], record["input"], answer))
         if config.languages and (found := language(text)) and found not in config.languages:
             return "language", found
         if self.idf and (score := self.idf.information(answer)) < self.least:
@@ -192,7 +194,8 @@ def inspect_batch(lines: list[tuple[int, bytes, list[str]]], tools: Tools) -> Ba
     good = [s for s in seen if not s.reason]
     records = [s.record for s in good]
     def keys(values): return np.fromiter(values, np.uint64, len(good))
-    near = Compared.of(records, config.near, config.same_numbers, config.seed) if config.near else None
+    near = None
+    if config.near: near = Compared.of(records, config.near, config.same_numbers, config.seed)
     return Batch(seen, keys(map(_id_key, records)), near.exact if near else keys(map(exact_key, records)), near)
 
 # %% ../../nbs/01a_data.clean.ipynb #4d97091b

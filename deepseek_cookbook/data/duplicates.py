@@ -108,10 +108,10 @@ def long_from(
     return math.ceil(2 * (1 + threshold) / (1 - threshold) - 1e-9) + 1 if threshold < 1 else math.inf
 
 # %% ../../nbs/01f_data.duplicates.ipynb #0f774226
-SIGN = re.compile("[$+<>=^|&%*/#@°±×÷¬\u00b2\u00b3\u00b9\u00bc-\u00be\u2030\u2070-\u209c\u20a0-\u20cf\u2100-\u2211\u2213-\u2bff"
-                  "\uff05\uffe5\U0001f000-\U0001fbff]")
-FACTS = """one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand million billion half
-no not never without cannot t 〇 零 一 二 三 四 五 六 七 八 九 十 百 千 万 亿 两 半 不 没 無 无 非 未 别 勿""".split()
+SIGN = re.compile("[$+<>=^|&%*/#@°±×÷¬\u00b2\u00b3\u00b9\u00bc-\u00be\u2030\u2070-\u209c\u20a0-\u20cf"
+                  "\u2100-\u2211\u2213-\u2bff\uff05\uffe5\U0001f000-\U0001fbff]")
+FACTS = """one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand
+million billion half no not never without cannot t 〇 零 一 二 三 四 五 六 七 八 九 十 百 千 万 亿 两 半 不 没 無 无 非 未 别 勿""".split()
 
 # %% ../../nbs/01f_data.duplicates.ipynb #a1e81496
 WORD, DIGIT, RAISED, HANZI, MARK = 1, 2, 3, 4, 5  # kinds of characters; 0 is none of them; the first three make words
@@ -126,8 +126,8 @@ def kinds() -> np.ndarray:  # (0x110000,) uint8
         text, part = "".join(map(chr, range(plane, plane + (1 << 16)))), table[plane:plane + (1 << 16)]
         alnum = np.fromiter(map(str.isalnum, text), bool)
         part[alnum] = WORD
-        for pattern, kind in ((f"[{MARKS}]+", WORD), ("[0-9]+", DIGIT), (f"[{HAN}]+", HANZI), (f"(?:{SIGN.pattern})+", MARK)):
-            for m in re.finditer(pattern, text): part[m.start():m.end()] = kind
+        for kind, group in ((WORD, f"[{MARKS}]"), (DIGIT, "[0-9]"), (HANZI, f"[{HAN}]"), (MARK, SIGN.pattern)):
+            for m in re.finditer(f"(?:{group})+", text): part[m.start():m.end()] = kind
         part[(part == MARK) & alnum] = RAISED  # such as the 2 of m²
     return table
 
@@ -200,7 +200,8 @@ def fact_hashes() -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/01f_data.duplicates.ipynb #64013f96
 CODE_SIGN = re.compile(r"[`{}\\=_<>;\t(]|\n ")
-CODE = re.compile(r"[`{}\\=]|[A-Za-z0-9]_[A-Za-z0-9]|</?[A-Za-z]|[\w)] ?[<>] ?[\w(]|;[ \t]*$|\n[ \t]+\S|[A-Za-z0-9_]\([\w, ]*\)", re.M)
+CODE = re.compile(r"[`{}\\=]|[A-Za-z0-9]_[A-Za-z0-9]|</?[A-Za-z]|[\w)] ?[<>] ?[\w(]|;[ \t]*$|\n[ \t]+\S"
+                  r"|[A-Za-z0-9_]\([\w, ]*\)", re.M)
 SPELLING = ("ercase", "er case", "er-case", "title case", "capital", "punctuat", "spell", "gramma", "typo", "commas", "proofread",
             "indent", "white space", "whitespace")
 SPELLING_ZH = "大写", "小写", "标点", "错别字", "拼写", "语法", "校对", "病句", "空格"
@@ -240,11 +241,12 @@ TOPICS = 24  # bytes
 def topic_bits(
     question: list,  # hashes of its pieces
     answer: list,  # hashes of its pieces
-) -> bytes:  # 24: a bit for each, their number, a sum of their hashes
+) -> bytes:  # 24: a bit for each, their number, a sum of their hashes in the question's order
     "The words of three letters or more and the Han characters that question and answer share."
-    shared, bits = set(question).intersection(answer) - {0}, 0
-    for piece in shared: bits |= 1 << (piece & 127)
-    return (bits | (len(shared) & 255) << 128 | sum(shared) % (1 << 56) << 136).to_bytes(TOPICS, "little")
+    said, bits, total = set(answer) - {0}, 0, 0
+    shared = [piece for piece in dict.fromkeys(question) if piece in said]
+    for place, piece in enumerate(shared, 1): bits, total = bits | 1 << (piece & 127), total + place * piece
+    return (bits | (len(shared) & 255) << 128 | total % (1 << 56) << 136).to_bytes(TOPICS, "little")
 
 # %% ../../nbs/01f_data.duplicates.ipynb #7ce51f46
 class KeyTable:
@@ -294,7 +296,7 @@ def exact_key(
     ask, page, answer = (record[name] for name in PARTS)
     exact = letter or to_the_letter(record)
     said = answer.strip()
-    if any(exact): texts = [t.strip() if same else fold(t) for t, same in zip((ask, page, answer), exact, strict=True)]
+    if any(exact): texts = [t.strip() if e else fold(t) for t, e in zip((ask, page, answer), exact, strict=True)]
     else: texts = [fold(ask, page), said] if len(said.split(None, 1)) < 2 else [fold(ask, page, answer)]
     before = [text for turn in record["history"] for text in turn]
     return _hash([*texts, record.get("system") or "", *map(fold, before)])
@@ -448,7 +450,7 @@ class Benchmark:
             parts = pieces(text)
             if len(parts) < 2: self.ignored += 1
             else: self.texts += 1
-            if 2 <= len(parts) < least: self.whole.add(self._key(text, parts))
+            if 2 <= len(parts) < least: self.whole.add(self._key(text))
             elif len(parts) >= least:
                 size = min(n, len(parts))
                 self.grams.setdefault(size, set()).update(self._runs(parts, size))
@@ -457,7 +459,9 @@ class Benchmark:
     def _runs(parts, size): return (" ".join(parts[i:i + size]) for i in range(len(parts) - size + 1))
 
     @staticmethod
-    def _key(text, parts): return facts(text, parts) + "\n" + " ".join(parts)
+    def _key(text):
+        tokens = Tokens([text])
+        return int(tokens.words[0]), int(tokens.facts[0])
 
     def overlap(
         self,
@@ -466,7 +470,7 @@ class Benchmark:
     ) -> str:  # the first run of pieces, or the question, that an evaluation text has too; or ""
         "What a row shares with the evaluation texts."
         if self.whole:
-            found = next((q for q in questions if self._key(q, pieces(q)) in self.whole), None)
+            found = next((q for q in questions if self._key(q) in self.whole), None)
             if found is not None: return found
         parts = pieces(text)
         return next((run for size, grams in self.grams.items() for run in self._runs(parts, size) if run in grams), "")

@@ -32,7 +32,8 @@ def pieces(
 BREAKS = re.compile("\r\n|[\r\x85\u2028\u2029]")
 LAST = "".join(chr((plane << 16) + end) for plane in range(17) for end in (0xFFFE, 0xFFFF))
 INVISIBLE = re.compile("(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,7}\U000e007f)|"  # a flag
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb"
     f"\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef{LAST}\U000e0000-\U000e007f\U000f0000-\U0010ffff]")
 
 def clean_characters(
@@ -59,7 +60,8 @@ def normalize(
     "Fold full-width letters and digits, or what NFKC folds, but raised, lowered and circled digits and fractions."
     if how == "width": return text.translate(WIDTH)
     if how == "nfkc":
-        return "".join(part if i % 2 else unicodedata.normalize("NFKC", part) for i, part in enumerate(RAISED.split(text)))
+        parts = RAISED.split(text)  # the second, the fourth, … are raised
+        return "".join(part if i % 2 else unicodedata.normalize("NFKC", part) for i, part in enumerate(parts))
     if how == "none": return text
     raise DataError(f"normalize = {how!r}: write none, width or nfkc")
 
@@ -87,7 +89,8 @@ def is_chinese_id(
     return 1850 < born.year < 2100 and "10X98765432"[total % 11] == text[17].upper()
 
 # %% ../../nbs/01g_data.filters.ipynb #1d8bd084
-DOMAINS = "com|org|net|edu|gov|mil|int|info|biz|name|pro|io|ai|dev|app|xyz|top|vip|site|online|shop|club|mobi|tech|cloud|"
+DOMAINS = ("com|org|net|edu|gov|mil|int|info|biz|name|pro|dev|app|xyz|top|vip|site|online|shop|club|mobi|tech|"
+           "cloud|")
 EMAIL = re.compile(rf"""(?<![A-Za-z0-9._%+-])(?!git@|[a-z]@[a-z]\.)[A-Za-z0-9._%+-]{{1,64}}
     @(?!(?:self|cls|this|np|jnp|torch|tf|nn|model|params|math)\.)(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}
     (?:{DOMAINS}(?-i:[a-z]{{2}}|[A-Z]{{2}}))(?![A-Za-z0-9_(\[=]|[.:/@-][A-Za-z0-9_~])""", re.X | re.I)
@@ -98,11 +101,12 @@ PHONE = re.compile(r"""(?<![0-9A-Za-z.+$¥€£-])(?:
     (?:(?:\+|00)86[ -]?)?1[3-9][0-9](?:[ -]?[0-9]{4}){2}                      # mobile, China
   | (?:\(?0[1-9][0-9]{1,2}\)?[ -]|（0[1-9][0-9]{1,2}）)[2-9][0-9]{6,7}         # landline, China: 010-62345678
   | \+(?!1[01]|(?:19|20)[0-9]{2}-[0-9]{2}-[0-9]{2}(?![0-9]))(?=[1-9](?:[ .()-]{0,2}[0-9]){8,14}(?![0-9]))
-    (?:[0-9]{10,15}|[0-9]{1,4}(?:[ .()-]{1,2}[0-9]{1,4}){2,6}|[0-9]{1,3}[ -](?:[0-9]{1,4}[ -])?[0-9]{5,12})   # +44 20 7946 0958
+    (?:[0-9]{10,15}|[0-9]{1,4}(?:[ .()-]{1,2}[0-9]{1,4}){2,6}                # +44 20 7946 0958
+      |[0-9]{1,3}[ -](?:[0-9]{1,4}[ -])?[0-9]{5,12})
   | \(?[2-9](?!11)[0-9]{2}\)?[ .-][2-9](?!11)[0-9]{2}[.-][0-9]{4}            # North America: (212) 555-0123
 )(?![0-9A-Za-z]|[.-][0-9]|\ ?(?:元|块|美元|万|亿|%|yuan|dollars?|USD|RMB|CNY))""", re.X | re.A)
-NO_PHONE = re.compile(r"(?i)(?:lines?|pages?|rows?|pp?\.|items?|bytes|sections?|ranges?|orders?|isbn|no\.|#|第|行|页|号|编号|单号)"
-                      r"[\s:：]{0,2}$")
+NO_PHONE = re.compile(r"(?i)(?:lines?|pages?|rows?|pp?\.|items?|bytes|sections?|ranges?|orders?|isbn|no\."
+                      r"|#|第|行|页|编号|单号|订单号)[\s:：]{0,2}$")
 MAYBE = re.compile(r"@|[0-9](?:[ .()-]{0,2}[0-9Xx]){7}")
 
 def _is_phone(m) -> bool:
@@ -129,7 +133,8 @@ def mask_pii(
 CHINESE = {"zh", "wuu", "yue", "lzh"}  # what the model calls Mandarin, Wu, Cantonese, Classical Chinese
 NO_PROSE = re.compile(r"""```.*?(?:```|\Z) | `[^`\n]*` | \$\$.*?\$\$ | \$[^$\n]+\$ | \\\[.*?\\\] | \\\(.*?\\\)
   | \\begin\{(\w+\*?)\}.*?\\end\{\1\} | \\[A-Za-z]+(?:\{[^{}\n]*\})* | https?://\S+
-  | ^(?:[ ]{4}|\t).*?$ | ^[^\n]*[;{}][ \t]*$ | ^[ ]*(?:def|class|import|from|for|if|elif|else|while|return|with|try|except|SELECT|INSERT|UPDATE|DELETE|CREATE)\b[^\n]*$
+  | ^(?:[ ]{4}|\t).*?$ | ^[^\n]*[;{}][ \t]*$ | ^[ ]*(?:SELECT|INSERT|UPDATE|DELETE|CREATE)\b[^\n]*$
+  | ^[ ]*(?:def|class|import|from|for|if|elif|else|while|return|with|try|except)\b[^\n]*$
   | [A-Za-z_][\w.]*\([^\n]*?\) | \w*[_=<>*/^|+\\]+\S* """, re.X | re.S | re.M)
 
 def language(
