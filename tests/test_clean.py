@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Cleaning: kept + rejected = read for any bytes, no half output under its final name, planted faults found."""
 
 import base64
@@ -507,7 +508,7 @@ def test_templated_rows_are_not_compared_pair_by_pair(monkeypatch):
     monkeypatch.setattr(SignatureStore, "near", lambda self, a, b, long: compared.append(len(a)) or real(self, a, b, long))
     words = [a + b + c for a in "bdfg" for b in "aeiou" for c in "lmnrst"]
     rows = [record(f"Write a friendly reply to {a} who ordered a {b} last week and asks when the parcel will arrive here.",
-                   REPLY.format(a, b)) for a in words for b in words[:40]]  # fmt: skip
+                   REPLY.format(a, b)) for a in words for b in words[:40] if a != b]  # fmt: skip
     kept, _ = clean_records(rows, quiet)
     assert len(kept) > 0.97 * len(rows) and 0 < sum(compared) < 12 * len(rows)
 
@@ -675,7 +676,7 @@ def test_characters_that_this_python_does_not_know_stay(value):
 def test_what_no_table_will_ever_hold_goes():
     for gone in ("\ufdd0", "\uffff", "\U0001ffff", "\ue000", "\U000e0041\U000e0042", "\U0001f3f4\u200b"[1:], "\u2066", "\x9b"):
         assert clean_characters(f"a{gone}b") == "ab"
-    assert filters.INVISIBLE.pattern.count("\\p") == 0 and not hasattr(filters, "script")  # no table of this Python is asked
+    assert filters.INVISIBLE.pattern.count("\\p") == 0 and not hasattr(filters, "script")
 
 
 @given(st.text(st.sampled_from("ab\u200d\u200c\u200bبک👩💻🏴\U000e0067\U000e007f\ufe0f 好1"), max_size=12))

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/01a_data.clean.ipynb #67244aa1
-from .duplicates import SIGN, Benchmark, Compared, KeyTable, NearIndex, evaluation_texts, exact_key
-from .filters import (MAYBE, PIECE, Idf, clean_characters, garbled, language, mask_pii, normalize,
-                                            pieces)
+from .duplicates import Benchmark, Compared, KeyTable, NearIndex, evaluation_texts, exact_key
+from .filters import (MAYBE, PIECE, SIGN, Idf, clean_characters, garbled, language, mask_pii,
+                                            normalize, pieces)
 from .formats import FIELDS, MAX_LINE, DataError, check_record, iter_raw, parse_line
 from ..settings import atomic_write
 
@@ -130,7 +130,7 @@ class Tools:
     def _too_short(self, answer: str) -> str:
         "What is wrong with the length of an answer; a sign alone is an answer, too, where one piece is enough."
         least = self.config.min_answer
-        if least < 2: return "no word and no sign" if least and not (PIECE.search(answer) or SIGN.search(answer)) else ""
+        if least < 2: return "" if not least or PIECE.search(answer) or SIGN.search(answer) else "no word and no sign"
         return f"{n} pieces, fewer than {least}" if (n := len(pieces(answer))) < least else ""
 
     def judge(self, record: dict) -> tuple[str, str]:
@@ -282,7 +282,7 @@ class CleanReport:
     read: int = 0
     kept: int = 0
     rejected: Counter = field(default_factory=Counter)  # reason -> rows
-    changed: Counter = field(default_factory=Counter)  # what -> texts (characters, width, nfkc) or places (EMAIL, PHONE, ID)
+    changed: Counter = field(default_factory=Counter)  # what -> texts, or places (EMAIL, PHONE, ID)
     private: Counter = field(default_factory=Counter)  # EMAIL, PHONE, ID: places that were left as they are
     examples: dict = field(default_factory=dict)  # reason -> up to three (line number, detail, start of the line)
     seconds: float = 0.0
@@ -348,7 +348,8 @@ style="width:{{ "%.2f"|format(100 * share) }}%"></i></td></tr>{% endfor %}</tbod
 <td>{{ name }}</td><td class="n">{{ "{:,}".format(n) }}
 {{ "texts" if name in ("characters", "width", "nfkc") else "places" }}</td>
 </tr>{% endfor %}</tbody></table>{% else %}<p>Nothing.</p>{% endif %}{% if r.private %}
-<h2>Private data that was left</h2><p>Set <code>mask</code> to <code>question</code> or <code>all</code> to cover it.</p>
+<h2>Private data that was left</h2>
+<p>Set <code>mask</code> to <code>question</code> or <code>all</code> to cover it.</p>
 <table><tbody>{% for name, n in r.private.most_common() %}<tr><td>{{ name }}</td>
 <td class="n">{{ "{:,}".format(n) }} places</td></tr>{% endfor %}</tbody></table>{% endif %}
 <h2>Examples</h2>{% for name, few in r.examples.items() %}<h3>{{ name }}</h3><div class="scroll"><table><thead><tr>

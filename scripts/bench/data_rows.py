@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Write real-shaped instruction rows, and say of each whether it must stay: the same file for the same seed.
 
     python scripts/bench/data_rows.py rows.jsonl --rows 1000000 [--seed 42] [--kinds FILE]
@@ -41,7 +42,10 @@ KEEP = 4096  # rows, from all over the file, that a copy can be of
 
 def words(rng: random.Random, n: int) -> str:
     "An English sentence of `n` words, one in three a function word, the others from some four thousand."
-    pick = (lambda: rng.choice(FUNCTION) if rng.random() < 0.33 else rng.choice(EN if rng.random() < 0.3 else STEMS))
+
+    def pick():
+        return rng.choice(FUNCTION if rng.random() < 0.33 else EN if rng.random() < 0.3 else STEMS)
+
     return " ".join(pick() for _ in range(n)).capitalize()
 
 
