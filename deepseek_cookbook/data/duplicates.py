@@ -211,8 +211,8 @@ def _hash(texts) -> int: return int.from_bytes(hashlib.blake2b("\0".join(texts).
 
 def _before(record: dict) -> int:
     "A key of the turns before and of the system prompt."
-    if not record["history"] and not record.get("system"): return 0
-    return _hash([json.dumps([record["history"], record.get("system")])])
+    known = record["history"], record.get("system")
+    return _hash([json.dumps(known)]) if any(known) else 0
 
 def _row_keys(before: np.ndarray, faces: np.ndarray) -> np.ndarray:
     "A key for each row of (B, 3) hashes of its parts; never zero."
@@ -486,8 +486,7 @@ def evaluation_texts(
     except (OSError, UnicodeDecodeError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise DataError(f"{path}: {why}. Give UTF-8 text, JSON, JSON Lines or CSV (evaluation).") from None
-    kind = Path(path).suffix.lower()
-    if kind in (".json", ".jsonl"): return _json_texts(path, text)
+    if (kind := Path(path).suffix.lower()) in (".json", ".jsonl"): return _json_texts(path, text)
     if kind not in (".csv", ".tsv"): return [line for line in text.split("\n") if line.strip()]
     try: rows = list(csv.reader(text.splitlines(keepends=True), delimiter="\t" if kind == ".tsv" else ","))
     except csv.Error as e: raise DataError(f"{path}: {e}. Save the table as CSV again (evaluation).") from None

@@ -36,7 +36,7 @@ def pieces(
 # %% ../../nbs/01g_data.filters.ipynb #ebfae99c
 SIGN = re.compile("[$+<>=^|&%*/#@°±×÷¬\u00b2\u00b3\u00b9\u00bc-\u00be\u2030\u2070-\u209c\u20a0-\u20cf"
                   "\u2100-\u2211\u2213-\u2bff\uff05\uffe5\U0001f000-\U0001fbff]")
-LETTER, DIGIT, RAISED, HANZI, MARK = 1, 2, 3, 4, 5  # kinds of characters; 0 is none of them; the first three make words
+LETTER, DIGIT, RAISED, HANZI, MARK = 1, 2, 3, 4, 5  # kinds of characters, 0 is none; the first three make words
 
 @lru_cache(1)
 def kinds() -> np.ndarray:  # (0x110000,) uint8

@@ -2,7 +2,7 @@
 
     python scripts/bench/make_rows.py rows.jsonl --rows 1000000 [--seed 42] [--json FILE]
 
-Of a hundred rows about: 8 exact copies, 6 near copies (a word of a long answer replaced), 5 short answers, 5 with invisible
+Of a hundred rows about: 8 exact copies, 6 near copies (a word replaced), 5 short answers, 5 with invisible
 characters, 5 with private data, 1 decoded wrongly, 1 line that is no record. The others differ from each other by their
 words. Copies are of any row before, near or far. What was planted goes to the standard output as JSON, or to --json.
 """
