@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/01a_data.clean.ipynb #67244aa1
-from .duplicates import (Benchmark, KeyTable, NearIndex, evaluation_texts, exact_key, numbers_key,
-                                               shingles, signatures)
-from .filters import Idf, clean_characters, garbled, language, mask_pii, normalize, pieces
-from .formats import MAX_LINE, DataError, check_record, iter_raw, parse_line
+from .duplicates import Benchmark, Compared, KeyTable, NearIndex, evaluation_texts, exact_key
+from .filters import (MAYBE, PIECE, SIGN, Idf, clean_characters, garbled, language, mask_pii,
+                                            normalize, pieces)
+from .formats import FIELDS, MAX_LINE, DataError, check_record, iter_raw, parse_line
 from ..settings import atomic_write
 
 # %% ../../nbs/01a_data.clean.ipynb #c8222234
@@ -31,10 +31,10 @@ from ..settings import atomic_write
 class CleanConfig:
     "What is filtered, and how."
     min_answer: int = 1  # pieces (Han characters or words) an answer has at least; the articles say 10
-    near: float = 0.75  # Jaccard similarity from which on a row is a near copy; 0 looks for none
+    near: float = 0.75  # Jaccard similarity of long parts in a near copy; 1: equal words only, 0: look for none
     same_numbers: bool = True  # rows with different numbers are never near copies
     normalize: str = "none"  # none | width | nfkc
-    mask: bool = True  # mask e-mail addresses, telephone and identity numbers
+    mask: str = "none"  # none | question | all: where e-mail addresses, telephone and identity numbers are masked
     languages: tuple[str, ...] = ()  # such as ("zh", "en"); empty keeps all
     low_information: float = 0.0  # share of the answers pruned by TF-IDF, 0 <= share < 1
     evaluation: tuple[str, ...] = ()  # files of benchmark texts
@@ -45,15 +45,18 @@ class CleanConfig:
     quiet: bool = False  # no progress bar
 
     def __post_init__(self):
+        self.mask = {True: "all", False: "none"}.get(self.mask, self.mask)
         ranges = dict(min_answer=(0, math.inf), near=(0, 1), low_information=(0, .99), ngram=(2, 100),
                       max_line=(100, math.inf), workers=(1, 256), seed=(0, 2**64 - 1))
         wrong = [f"{k} = {getattr(self, k)}: write a number from {low} to {high}" for k, (low, high) in ranges.items()
                  if not low <= getattr(self, k) <= high]
+        if self.mask not in ("none", "question", "all"):
+            wrong.append(f"mask = {self.mask!r}: write none, question or all")
         normalize("", self.normalize)
         if wrong: raise DataError("clean: " + "; ".join(wrong))
 
 # %% ../../nbs/01a_data.clean.ipynb #6b69c5e0
-@dataclass
+@dataclass(slots=True)
 class Seen:
     "What the filters say of one line."
     number: int  # of the line, from 1
@@ -61,41 +64,58 @@ class Seen:
     reason: str = ""  # a reason code, "" if the row goes on
     detail: str = ""  # what was found
     record: dict | None = None  # mended
-    changes: Counter = field(default_factory=Counter)  # characters, width, EMAIL, PHONE, ID
+    changes: Counter | None = None  # characters, width, nfkc: texts; EMAIL, PHONE, ID: places that were masked
+    private: Counter | None = None  # EMAIL, PHONE, ID: places that were left as they are
 
 LINE_REASONS = {"above the limit": "too_long", "no UTF-8": "not_utf8", "not valid JSON": "not_json"}
+
+def _plain(row) -> bool:
+    "Whether this is a record of four fields without history: most are, and then `check_record` has nothing to find."
+    if type(row) is not dict or row.keys() != FIELDS.keys() or row["history"] != []: return False
+    ask, page, answer = row["instruction"], row["input"], row["output"]
+    return type(ask) is type(page) is type(answer) is str and bool(ask.strip() and answer.strip())
 
 def _read_line(seen: Seen, faults: list[str]) -> Seen:
     "Layer 1: the line as a record."
     row = None
     if not faults: row, faults = parse_line(seen.line)
     if faults: seen.reason = next((code for word, code in LINE_REASONS.items() if word in faults[0]), "malformed")
-    elif faults := check_record(row): seen.reason = "malformed"
+    elif not _plain(row) and (faults := check_record(row)): seen.reason = "malformed"
     seen.detail, seen.record = "; ".join(faults), None if faults else row
     return seen
 
 # %% ../../nbs/01a_data.clean.ipynb #dda9ba3f
-def _mend_text(text: str, config: CleanConfig, changes: Counter) -> str:
+def _mend_text(text: str, config: CleanConfig, asked: bool, seen: Seen) -> str:
     "Characters, width and private data of one text."
     clean = clean_characters(text)
-    changes["characters"] += clean != text
     wide = normalize(clean, config.normalize)
-    changes[config.normalize] += wide != clean
-    if not config.mask: return wide
     masked, found = mask_pii(wide)
-    changes.update(found)
-    return masked
+    if clean != text: seen.changes["characters"] += 1
+    if wide != clean: seen.changes[config.normalize] += 1
+    covered = config.mask == "all" or config.mask == "question" and asked
+    (seen.changes if covered else seen.private).update(found)
+    return masked if covered else wide
+
+def _mend_record(seen: Seen, config: CleanConfig) -> dict:
+    "The record with every text mended."
+    def fix(text, name): return _mend_text(text, config, name != "output", seen)
+    seen.changes, seen.private = Counter(), Counter()
+    record = {k: fix(v, k) if isinstance(v, str) and k != "id" else v for k, v in seen.record.items()}
+    return record | dict(history=[[fix(user, "user"), fix(said, "output")] for user, said in record["history"]])
+
+def _whole(record: dict) -> str:
+    "All texts of a record."
+    texts = [record["instruction"], record["input"], record["output"], record.get("system") or ""]
+    return "\n".join(texts + [text for turn in record["history"] for text in turn] if record["history"] else texts)
 
 def _mend(seen: Seen, config: CleanConfig) -> Seen:
     "Layer 2: every text of the record; traces of a wrong decoding and texts that are blank now are reasons."
-    def fix(text): return _mend_text(text, config, seen.changes)
-    record = {k: fix(v) if isinstance(v, str) and k != "id" else v for k, v in seen.record.items()}
-    record["history"] = [[fix(text) for text in turn] for turn in record["history"]]
-    texts = [v for k, v in record.items() if isinstance(v, str) and k != "id"]
-    texts += [text for turn in record["history"] for text in turn]
-    if trace := next(filter(None, map(garbled, texts)), ""): seen.reason, seen.detail = "garbled", f"holds {trace!r}"
-    elif faults := check_record(record): seen.reason, seen.detail = "malformed", "; ".join(faults)
-    seen.record, seen.changes = record, +seen.changes
+    whole = _whole(seen.record)
+    if config.normalize != "none" or not whole.replace("\n", "").isprintable() or MAYBE.search(whole):
+        seen.record = _mend_record(seen, config)
+        if faults := check_record(seen.record): seen.reason, seen.detail = "malformed", "; ".join(faults)
+        whole = _whole(seen.record)
+    if trace := garbled(whole): seen.reason, seen.detail = "garbled", f"holds {trace!r}"
     return seen
 
 # %% ../../nbs/01a_data.clean.ipynb #1f93a8b3
@@ -107,17 +127,24 @@ class Tools:
     idf: Idf | None = None
     least: float = 0.0  # nats of information below which an answer is pruned
 
+    def _too_short(self, answer: str) -> str:
+        "What is wrong with the length of an answer; a sign alone is an answer, too, where one piece is enough."
+        least = self.config.min_answer
+        if least < 2: return "" if not least or PIECE.search(answer) or SIGN.search(answer) else "no word and no sign"
+        return f"{n} pieces, fewer than {least}" if (n := len(pieces(answer))) < least else ""
+
     def judge(self, record: dict) -> tuple[str, str]:
         "Reason and detail, or two empty texts."
         config, answer = self.config, record["output"]
-        if (n := len(pieces(answer))) < config.min_answer:
-            return "short_answer", f"{n} pieces, fewer than {config.min_answer}"
-        text = " ".join((record["instruction"], record["input"], answer))
+        if short := self._too_short(answer): return "short_answer", short
+        if not (config.languages or self.idf or self.benchmark): return "", ""
+        text = "\n".join((record["instruction"], record["input"], answer))
         if config.languages and (found := language(text)) and found not in config.languages:
             return "language", found
         if self.idf and (score := self.idf.information(answer)) < self.least:
             return "low_information", f"{score:.1f} nats, below {self.least:.1f}"
-        if self.benchmark and (run := self.benchmark.overlap(text)): return "contaminated", run
+        asked = record["instruction"], record["input"]
+        if self.benchmark and (run := self.benchmark.overlap(text, *asked, " ".join(asked))): return "contaminated", run
         return "", ""
 
 def inspect_line(number: int, line: bytes, faults: list[str], tools: Tools) -> Seen:
@@ -153,30 +180,23 @@ def make_tools(config: CleanConfig, lines: Iterable[bytes] = (), sample: int = 2
 class Batch:
     "Rows that one worker has seen, and the hashes of those without a reason."
     seen: list[Seen]
-    exact: np.ndarray  # (K,) uint64
     ids: np.ndarray  # (K,) uint64, 0 for a row without an id
-    signed: np.ndarray | None  # (K, PERMS) uint32
-    salts: np.ndarray  # (K,) uint64: rows with different ones are never near copies
+    exact: np.ndarray  # (K,) uint64
+    near: Compared | None  # None where no near copies are looked for
 
-def _hash(value) -> int: return int.from_bytes(hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest())
-
-def _id_key(record: dict) -> int: return _hash(record["id"]) | 1 if "id" in record else 0
-
-def _salt(record: dict, text: str, config: CleanConfig) -> int:
-    "A key of what must be equal in near copies: the turns before, the system prompt, and the numbers."
-    before = _hash([record["history"], record.get("system")]) if record["history"] or record.get("system") else 0
-    return before ^ (numbers_key(text) if config.same_numbers else 0)
+def _id_key(record: dict) -> int:
+    if "id" not in record: return 0
+    return int.from_bytes(hashlib.blake2b(json.dumps(record["id"]).encode(), digest_size=8).digest()) | 1
 
 def inspect_batch(lines: list[tuple[int, bytes, list[str]]], tools: Tools) -> Batch:
     "Filter some lines and hash what is left."
-    seen = [inspect_line(*line, tools) for line in lines]
-    good = [s.record for s in seen if not s.reason]
-    texts = ["\n".join((r["instruction"], r["input"], r["output"])) for r in good]
+    config, seen = tools.config, [inspect_line(*line, tools) for line in lines]
+    good = [s for s in seen if not s.reason]
+    records = [s.record for s in good]
     def keys(values): return np.fromiter(values, np.uint64, len(good))
-    near = tools.config.near > 0
-    signed = signatures([shingles(pieces(t)) for t in texts], tools.config.seed) if near else None
-    salts = keys(_salt(r, t, tools.config) for r, t in zip(good, texts, strict=True))
-    return Batch(seen, keys(map(exact_key, good)), keys(map(_id_key, good)), signed, salts)
+    near = None
+    if config.near: near = Compared.of(records, config.near, config.same_numbers, config.seed)
+    return Batch(seen, keys(map(_id_key, records)), near.exact if near else keys(map(exact_key, records)), near)
 
 # %% ../../nbs/01a_data.clean.ipynb #4d97091b
 _tools: Tools | None = None  # of a worker process
@@ -221,8 +241,8 @@ class Rows:
     "What the kept rows of the file so far were."
     def __init__(self, config: CleanConfig):
         self.near = NearIndex(config.near) if config.near else None
-        self.tables = {"duplicate_id": KeyTable(), "exact_copy": KeyTable()}
-        self.kept = array("q")  # line numbers of the rows in the near index
+        self.tables = {"duplicate_id": KeyTable(), "exact_copy": KeyTable(), "near_copy": KeyTable()}
+        self.kept = array("i")  # line numbers of the rows in the near index
 
     def _repeated(self, columns: dict[str, np.ndarray], rows: list[Seen]):
         "Reject the rows of which a key was there; zero is no key. The keys of the others join the tables."
@@ -241,28 +261,29 @@ class Rows:
 
     def compare(self, batch: Batch):
         "Give the rows of a batch that are there already their reason."
-        rows = [s for s in batch.seen if not s.reason]
-        self._repeated({"duplicate_id": batch.ids, "exact_copy": batch.exact}, rows)
-        new = np.array([not s.reason for s in rows], dtype=bool)
-        if self.near is None or not new.any(): return
-        fresh = [s for s in rows if not s.reason]
-        like = self.near.first_like(batch.signed[new], batch.salts[new]).tolist()
-        for seen, n in zip(fresh, like, strict=True):
-            if n < 0: self.kept.append(seen.number)
-            else: seen.reason, seen.detail = "near_copy", f"line {self.kept[n]}"
+        rows, near = [s for s in batch.seen if not s.reason], batch.near
+        columns = dict(duplicate_id=batch.ids, exact_copy=batch.exact) | (dict(near_copy=near.words) if near else {})
+        self._repeated({code: keys for code, keys in columns.items() if keys.any()}, rows)
+        if near is None: return
+        new = np.array([not rows[i].reason for i in near.at.tolist()], dtype=bool)
+        like = self.near.first_like(near.signed[new], near.salts[new], near.long[new], near.topics[new]).tolist()
+        for i, n in zip(near.at[new].tolist(), like, strict=True):
+            if n < 0: self.kept.append(rows[i].number)
+            else: rows[i].reason, rows[i].detail = "near_copy", f"line {self.kept[n]}"
 
 # %% ../../nbs/01a_data.clean.ipynb #eda3e4a5
 @dataclass
 class CleanReport:
     "What cleaning did."
-    source: str
-    target: str
-    rejected_path: str
-    config: dict
+    source: str = ""
+    target: str = ""
+    rejected_path: str = ""
+    config: dict = field(default_factory=dict)
     read: int = 0
     kept: int = 0
     rejected: Counter = field(default_factory=Counter)  # reason -> rows
-    changed: Counter = field(default_factory=Counter)  # what -> texts (characters, width) or places (EMAIL, PHONE, ID)
+    changed: Counter = field(default_factory=Counter)  # what -> texts, or places (EMAIL, PHONE, ID)
+    private: Counter = field(default_factory=Counter)  # EMAIL, PHONE, ID: places that were left as they are
     examples: dict = field(default_factory=dict)  # reason -> up to three (line number, detail, start of the line)
     seconds: float = 0.0
 
@@ -271,6 +292,7 @@ class CleanReport:
         self.read += 1
         self.kept += not seen.reason
         if seen.changes: self.changed.update(seen.changes)
+        if seen.private: self.private.update(seen.private)
         if not seen.reason: return
         self.rejected[seen.reason] += 1
         few = self.examples.setdefault(seen.reason, [])
@@ -280,6 +302,11 @@ class CleanReport:
         "Rows (what, number, share of those read): kept, then the reasons, the largest first."
         counts = [("kept", self.kept), *self.rejected.most_common()]
         return [(name, n, round(n / max(1, self.read), 4)) for name, n in counts]
+
+    def counts(self) -> dict:
+        "What belongs into a result file: rows read and kept, reasons, changes, private data that was left."
+        return dict(read=self.read, kept=self.kept, rejected=dict(self.rejected), changed=dict(self.changed),
+                    private_left=dict(self.private))
 
     def html(self) -> str:
         "A self-contained page."
@@ -320,7 +347,11 @@ style="width:{{ "%.2f"|format(100 * share) }}%"></i></td></tr>{% endfor %}</tbod
 <h2>What was changed</h2>{% if r.changed %}<table><tbody>{% for name, n in r.changed.most_common() %}<tr>
 <td>{{ name }}</td><td class="n">{{ "{:,}".format(n) }}
 {{ "texts" if name in ("characters", "width", "nfkc") else "places" }}</td>
-</tr>{% endfor %}</tbody></table>{% else %}<p>Nothing.</p>{% endif %}
+</tr>{% endfor %}</tbody></table>{% else %}<p>Nothing.</p>{% endif %}{% if r.private %}
+<h2>Private data that was left</h2>
+<p>Set <code>mask</code> to <code>question</code> or <code>all</code> to cover it.</p>
+<table><tbody>{% for name, n in r.private.most_common() %}<tr><td>{{ name }}</td>
+<td class="n">{{ "{:,}".format(n) }} places</td></tr>{% endfor %}</tbody></table>{% endif %}
 <h2>Examples</h2>{% for name, few in r.examples.items() %}<h3>{{ name }}</h3><div class="scroll"><table><thead><tr>
 <th>line</th><th>found</th><th>the line begins</th></tr></thead><tbody>{% for number, detail, text in few %}<tr>
 <td class="n">{{ number }}</td><td>{{ detail }}</td><td><code>{{ text }}</code></td></tr>{% endfor %}</tbody>
@@ -369,6 +400,7 @@ def clean(
     rows, lines = Rows(config), _rows_of(source, config)
     tools = make_tools(config, (line for _, line, faults in iter_raw(source, config.max_line) if not faults))
     done = CleanReport(str(source), str(target), str(rejected), asdict(config))
+    as_json = json.JSONEncoder(ensure_ascii=False).encode
     bar, size, bytes_read = tqdm(desc="clean", unit=" rows", disable=config.quiet), os.path.getsize(source), 0
     with bar, atomic_write(target) as good, atomic_write(rejected) as bad:
         for batch in _inspect_all(lines, tools):
@@ -376,7 +408,7 @@ def clean(
             for seen in batch.seen:
                 done.note(seen)
                 row, file = (rejected_row(seen), bad) if seen.reason else (seen.record, good)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(as_json(row) + "\n")
             bytes_read += sum(len(seen.line) + 1 for seen in batch.seen)
             bar.total = round(max(1, size / bytes_read) * done.read)  # an estimate that gets better
             bar.update(len(batch.seen))
@@ -389,13 +421,16 @@ def clean(
 def clean_records(
     records: list[dict],  # the four fields
     config: CleanConfig | None = None,
+    report: CleanReport | None = None,  # an empty one that is filled: counts, changes, private data that was left
 ) -> tuple[list[dict], list[dict]]:  # kept, and rejected rows {"reason", "detail", "row"}
     "Clean records in memory; kept + rejected = read."
-    config = config or CleanConfig()
+    config, report = config or CleanConfig(), report or CleanReport()
     lines = [json.dumps(r).encode() for r in records]
     tools, rows, seen = make_tools(config, lines), Rows(config), []
     for batch in _inspect_all(((i, line, []) for i, line in enumerate(lines)), tools):
         rows.compare(batch)
         seen += batch.seen
+    for s in seen: report.note(s)
+    report.config = asdict(config)
     kept = [s.record for s in seen if not s.reason]
     return kept, [dict(reason=s.reason, detail=s.detail, row=records[s.number]) for s in seen if s.reason]
