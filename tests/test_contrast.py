@@ -4,6 +4,7 @@ import re
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from deepseek_cookbook.augment.contrast import (
@@ -61,6 +62,7 @@ def test_no_flip_without_a_reason(text, label, why):
 flip_words = ["合规", "违规", "不", "转账", "反洗钱", "。", "客户", "是否", "transfer", " ", "not "]
 
 
+@examples(deadline=None)
 @given(st.lists(st.sampled_from(flip_words)), st.data())
 def test_a_flip_goes_back_and_states_the_other_label(words, data):
     text = "".join(words)
@@ -78,6 +80,7 @@ def test_a_flip_goes_back_and_states_the_other_label(words, data):
 texts, labels = st.sampled_from(["合规", "转账", "客户", "他", "3元"]), st.sampled_from(["compliant", "normal"])
 
 
+@examples(deadline=None)
 @given(st.lists(st.tuples(texts, labels)))
 def test_made_and_rejected_are_what_was_read(pairs):
     rows = [row(t, label, str(i)) for i, (t, label) in enumerate(pairs)]
@@ -134,12 +137,14 @@ def test_age(text, swapped):
 zh_words = ["他", "她", "先生", "女士", "志强", "秀兰", "，", "其他", "25岁", "60岁", "北京", "兰州", "子女", "。"]
 
 
+@examples(deadline=None)
 @given(st.lists(st.sampled_from(zh_words)), st.sampled_from(sorted(SWAPS)))
 def test_swapping_twice_gives_the_text_back(words, kind):
     text = "，".join(words)
     assert swap_text(swap_text(text, kind), kind) == text
 
 
+@examples(deadline=None)
 @given(st.text(max_size=40), st.sampled_from(sorted(SWAPS)))
 def test_any_text_can_be_swapped(text, kind):
     assert isinstance(swap_text(text, kind), str)
@@ -163,6 +168,7 @@ def test_counterfactuals_keep_the_label():
     assert counterfactual("age")(row("客户")) == (None, "no_trigger")
 
 
+@examples(deadline=None)
 @given(st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 50))
 def test_amounts_stay_consistent(a, b, seed):
     question = f"把{a:,}元和{b}.50元转给李雷，确认{a:,}元，编号77。"
@@ -202,7 +208,8 @@ def test_own_pairs(text, keep, swapped):
 
 
 def test_own_pairs_as_a_method():
-    made, rejected = make_pairs([row("我的储蓄卡丢了", "lost", "a"), row("你好", "hi", "b")], counterfactual("card", CARDS))
+    rows = [row("我的储蓄卡丢了", "lost", "a"), row("你好", "hi", "b")]
+    made, rejected = make_pairs(rows, counterfactual("card", CARDS))
     assert made == [dict(id="a/card", text="我的信用卡丢了", label="lost", of="a", method="card", changes=["meaning"])]
     assert [r["reason"] for r in rejected] == ["no_trigger"]
     changed, _ = counterfactual("plan", (("5G", "4G"),))(row("5G套餐"))
@@ -231,6 +238,7 @@ def test_a_table_that_says_nothing_clear(pairs, said):
 own_words = st.lists(st.sampled_from(["甲乙", "丙", "丁", "x", "yy", "，", " "]))
 
 
+@examples(deadline=None)
 @given(own_words)
 def test_own_pairs_go_back(words):
     text, pairs = " ".join(words), (("甲乙", "丙"), ("x", "yy"))
@@ -280,7 +288,8 @@ def test_what_the_articles_function_does_and_what_flip_label_does():
     notes = [row(t, label) for t, label in zip(batch["text"], batch["label"], strict=True)]
     ours = [flip_label(r, flips) for r in notes]
     assert [why for _, why in ours] == ["no_trigger", None, None]
-    assert [(m["text"], m["label"]) for m, _ in ours if m] == [("这笔交易不违规。", "positive"), ("贷款违规。", "negative")]
+    flipped = [(m["text"], m["label"]) for m, _ in ours if m]
+    assert flipped == [("这笔交易不违规。", "positive"), ("贷款违规。", "negative")]
 
 
 def test_dataset_map_refuses_the_articles_function():

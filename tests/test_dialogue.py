@@ -286,7 +286,8 @@ def tagged(text, *names, line=1, split=list):
 )
 def test_a_slip_against_the_majority_is_a_fault_with_its_line(split, name, frame, other):
     rows = [tagged(frame.format(name), (name, "ORG"), line=100 * i, split=split) for i in range(1, 9)]
-    rows += [tagged(frame.format(name), line=900, split=split), tagged(frame.format(name), (name, other), line=1000, split=split)]
+    rows.append(tagged(frame.format(name), line=900, split=split))
+    rows.append(tagged(frame.format(name), (name, other), line=1000, split=split))
     at = len(split(frame.split("{}")[0]))
     faults, warnings = label_faults(rows)
     assert [(f["surface"], f["label"], f["line"]) for f in faults] == [(name, "O", 900 + at), (name, other, 1000 + at)]
@@ -317,7 +318,8 @@ def test_places_that_are_no_contradiction():
 
 
 def test_an_ambiguous_surface_is_one_warning():
-    rows = [tagged("jordan won", ("jordan", label), line=i * 10, split=str.split) for i, label in enumerate(["PER", "LOC"] * 4, 1)]
+    labels = enumerate(["PER", "LOC"] * 4, 1)
+    rows = [tagged("jordan won", ("jordan", label), line=i * 10, split=str.split) for i, label in labels]
     faults, [warning] = label_faults(rows)
     assert faults == [] and warning["counts"] == {"PER": 4, "LOC": 4}
     assert "PER 4 times (line 10, 30, 50)" in warning["detail"] and "LOC 4 times (line 20, 40, 60)" in warning["detail"]
@@ -325,6 +327,7 @@ def test_an_ambiguous_surface_is_one_warning():
         label_faults(rows, majority=0.5)
 
 
+@examples(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(["a", "bb", "cc"]).flatmap(
     lambda w: st.tuples(st.just(w), st.sampled_from(["O", "B-X", "B-Y", "I"]))), max_size=8), max_size=5))  # fmt: skip
 def test_every_place_is_counted_once(drawn):

@@ -49,9 +49,11 @@ def test_templates_take_turns_and_the_seed_matters():
     assert Counter(d["template"] for d in drawn) == dict.fromkeys(FORMS, 3)
     assert [d["prompt"] for d in draw_prompts(FORMS, SLOTS, 9, seed=1)] != [d["prompt"] for d in drawn]
     assert len(draw_prompts(FORMS, SLOTS, 15)) == 15  # one form has three combinations only
-    assert {d["prompt"] for d in draw_prompts(FORMS * 2, SLOTS, 15)} == {d["prompt"] for d in draw_prompts(FORMS, SLOTS, 15)}
+    texts = [{d["prompt"] for d in draw_prompts(forms, SLOTS, 15)} for forms in (FORMS * 2, FORMS)]
+    assert texts[0] == texts[1]
 
 
+@examples(deadline=None)
 @given(st.integers(0, 300), st.integers())
 def test_shuffled_gives_each_number_once(total, seed):
     numbers = list(shuffled(total, random.Random(seed)))
@@ -81,7 +83,10 @@ def test_names_that_a_template_sets_itself_are_no_slots():
     assert slots_of("{% if a %}{{ b }}{% endif %}") == ["a", "b"]
 
 
-@pytest.mark.parametrize("template", ["{{ a.__class__ }}", "{% include a %}", "{{ a.append(1) }}", "{% for i in range(10**9) %}{{ a }}{% endfor %}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    ["{{ a.__class__ }}", "{% include a %}", "{{ a.append(1) }}", "{% for i in range(10**9) %}{{ a }}{% endfor %}"],
+)
 def test_a_bank_stays_in_the_sandbox(template):
     with pytest.raises(AugmentError, match="Correct the template"):
         draw_prompts([template], dict(a=[[1]]), 1)

@@ -329,7 +329,8 @@ def test_one_further_on_is_right_far_more_often(masked):
     for text in TEXTS[9:]:
         pieces = tokenizer.tokenize(text)
         for at in range(1, len(pieces) - 1):
-            logits = model(**tokenizer(" ".join([*pieces[:at], "[MASK]", *pieces[at + 1 :]]), return_tensors="pt")).logits[0]
+            hidden = " ".join([*pieces[:at], "[MASK]", *pieces[at + 1 :]])
+            logits = model(**tokenizer(hidden, return_tensors="pt")).logits[0]
             for shift in right:
                 right[shift] += tokenizer.convert_ids_to_tokens(logits[at + shift].argmax().item()) == pieces[at]
     assert right[1] > 2 * right[0]

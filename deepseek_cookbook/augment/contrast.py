@@ -59,7 +59,8 @@ _BEFORE = re.compile(r"(不|没有|未|非|未能|并不|不是|\bnot|\bnever|n'
 def _words(words: tuple[str, ...], keep: tuple[str, ...] = ()) -> re.Pattern:
     "A pattern for words, group 1; `keep` is swallowed without a group. Longest first."
     def alternatives(ws):
-        edge = lambda w: rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w)
+        letter = r"[^\W\u3400-\u9fff]"  # a Chinese neighbour is no part of an English word
+        edge = lambda w: rf"(?<!{letter}){re.escape(w)}(?!{letter})" if w.isascii() else re.escape(w)
         return "|".join(edge(w) for w in sorted(ws, key=len, reverse=True))
     kept = f"(?:{alternatives(keep)})|" if keep else ""
     return re.compile(f"{kept}({alternatives(words)})", re.IGNORECASE)

@@ -25,11 +25,7 @@ class GateError(ValueError):
 
 @dataclass
 class AugmentConfig:
-    "What is made, how it is judged, and how its gain is measured."
-    methods: list[str] = field(default_factory=lambda: ["synonym", "noise"])  # see augment.records.augment_records
-    fields: list[str] = field(default_factory=lambda: ["auto"])  # auto: the part that varies; or input, instruction, history
-    names: list[str] = field(default_factory=list)  # texts that no method may touch
-    chat_model: str | None = None  # hub id or folder, for the back-translation of Chinese
+    "How augmented samples are judged, and how their gain is measured."
     quantile: float = 0.99  # of the similarity of unrelated texts; a sample must be above it, 0 to 1
     pairs: int = 2000  # unrelated pairs a language, at most
     languages: list[str] = field(default_factory=lambda: ["en", "zh", "pt"])  # that may occur at all

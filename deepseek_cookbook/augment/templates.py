@@ -65,7 +65,8 @@ def draw_prompts(
     seed: int = 42,
 ) -> list[dict]:  # prompt, template, slots: the values that it got
     "Different prompts from a bank, each combination at most once."
-    if faults := bank_faults(templates, slots): raise AugmentError("\n".join([f"{len(faults)} faults in the bank", *faults]))
+    faults = bank_faults(templates, slots)
+    if faults: raise AugmentError("\n".join([f"{len(faults)} faults in the bank", *faults]))
     chance, seen, out = random.Random(seed), set(), []
     bank = {t: slots_of(t) for t in dict.fromkeys(templates)}
     turns = [(t, shuffled(math.prod(len(slots[k]) for k in names), chance)) for t, names in bank.items()]

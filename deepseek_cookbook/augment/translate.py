@@ -80,8 +80,8 @@ def need_language(
     "Stop at the first text that is surely in another language."
     for i, text in enumerate(texts):
         if (found := text_language(text)) not in (None, code):
-            raise TranslateError(f"text {i + 1}, {text[:40]!r}, is in {found!r}, and {engine} reads {code!r}. Send it to "
-                                 "an engine of its language (chat_engine for zh), or all of them to by_language")
+            raise TranslateError(f"text {i + 1}, {text[:40]!r}, is in {found!r}, and {engine} reads {code!r}. Send it "
+                                 "to an engine of its language (chat_engine for zh), or all of them to by_language")
 
 # %% ../../nbs/02a_augment.translate.ipynb #c84a344b
 def fast_engine() -> tuple[Translate, Translate]:  # English -> Portuguese, Portuguese -> English

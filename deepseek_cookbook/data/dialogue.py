@@ -274,11 +274,12 @@ def label_faults(
         if not others: continue
         told = dict(surface=words, counts=dict(counts))
         if len(tags) >= least and n >= majority * len(tags):
-            faults += [told | dict(label=label, line=line, detail=f"{line}:tag: {words!r} is {label} here and {top} in "
-                       f"{n} of {len(tags)} places, write {top} or say why not") for label, line in tags if label != top]
+            say = f"{top} in {n} of {len(tags)} places, write {top} or say why not"
+            faults += [told | dict(label=label, line=line, detail=f"{line}:tag: {words!r} is {label} here and {say}")
+                       for label, line in tags if label != top]
             continue
-        lines = {label: [line for found, line in tags if found == label] for label in counts}
-        where = "; ".join(f"{label} {counts[label]} times (line {', '.join(map(str, lines[label][:3]))})" for label in counts)
+        lines = {label: [str(line) for found, line in tags if found == label] for label in counts}
+        where = "; ".join(f"{k} {len(at)} times (line {', '.join(at[:3])})" for k, at in lines.items())
         warnings.append(told | dict(label=top, line=tags[0][1], detail=f"{words!r} is {where}: check the guidelines"))
     return sorted(faults, key=lambda f: f["line"]), sorted(warnings, key=lambda w: -sum(w["counts"].values()))
 
