@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'NEEDS_SAME_BEFORE', 'read_nodes', 'grow', 'threads', 'tree_records', 'iob_faults', 'read_iob',
-           'span_faults', 'spans_to_tags', 'tags_to_spans']
+           'span_faults', 'spans_to_tags', 'tags_to_spans', 'surface_tags', 'label_faults']
 
 # %% ../../nbs/01d_data.dialogue.ipynb #58336ca4
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
 
@@ -216,3 +216,72 @@ def tags_to_spans(
         elif tag[0] == "I": spans[-1] = (spans[-1][0], i + 1, tag[2:])
         before = tag
     return spans
+
+# %% ../../nbs/01d_data.dialogue.ipynb #ce24a5b8
+def _word_starts(tokens: list[str]) -> set[int]:
+    "The positions at which a word may start or end, 0 and the length included."
+    starts, runs = set(range(len(tokens) + 1)), re.finditer("(h{2,})|a{2,}", "".join(map(_kind, tokens)))
+    for run in runs:
+        starts -= set(range(run.start() + 1, run.end()))
+        if run[1]:
+            at = run.start()
+            for word in _cut("".join(tokens[run.start():run.end()])): starts.add(at := at + len(word))
+    return starts
+
+def _kind(token: str) -> str:
+    "h: one Chinese character, a: one letter or digit, else a word of its own."
+    if len(token) != 1: return " "
+    return "h" if "\u3400" <= token <= "\u9fff" else "a" if token.isalnum() else " "
+
+def _cut(run: str) -> list[str]:
+    try: import jieba
+    except ImportError:
+        raise DataError("tags on characters need jieba: pip install 'deepseek-cookbook[data]'") from None
+    jieba.setLogLevel(60)
+    return jieba.lcut(run)
+
+# %% ../../nbs/01d_data.dialogue.ipynb #c0b30a75
+def surface_tags(
+    sentences: list[dict],  # tokens, sound tags, and line, as read_iob gives them
+) -> dict[tuple[str, ...], list[tuple[str, int]]]:  # surface -> (label or O, line of its first token), in order
+    "Each tagged surface with all the tags that it has anywhere."
+    spans = [tags_to_spans(s["tags"]) for s in sentences]
+    found = defaultdict(list)
+    for s, own in zip(sentences, spans):
+        for a, b, label in own: found[tuple(s["tokens"][a:b])].append((label, s.get("line", 1) + a))
+    lengths = sorted({len(surface) for surface in found}, reverse=True)
+    for s, own in zip(sentences, spans):
+        tokens, free, starts = s["tokens"], [t == "O" for t in s["tags"]], None
+        for a in range(len(tokens)):
+            for n in lengths if free[a] else ():
+                if a + n > len(tokens) or not all(free[a:a + n]) or tuple(tokens[a:a + n]) not in found: continue
+                starts = starts if starts is not None else _word_starts(tokens)
+                if {a, a + n} <= starts: found[tuple(tokens[a:a + n])].append(("O", s.get("line", 1) + a))
+    return dict(found)
+
+# %% ../../nbs/01d_data.dialogue.ipynb #74fb4d49
+def label_faults(
+    sentences: list[dict],  # tokens, sound tags, and line, as read_iob gives them
+    majority: float = 0.8,  # share of the places that makes the other tags faults, above 0.5, up to 1
+    least: int = 5,  # places below which nothing is a fault
+) -> tuple[list[dict], list[dict]]:  # faults, and warnings: surface, label, line, counts, detail
+    "The same words with different tags: slips against a majority, and surfaces that have none."
+    if not 0.5 < majority <= 1: raise DataError(f"majority = {majority}: write a share above 0.5, up to 1")
+    faults, warnings = [], []
+    for surface, tags in surface_tags(sentences).items():
+        counts, words = Counter(label for label, _ in tags), _joined(surface)
+        (top, n), *others = counts.most_common()
+        if not others: continue
+        told = dict(surface=words, counts=dict(counts))
+        if len(tags) >= least and n >= majority * len(tags):
+            say = f"{top} in {n} of {len(tags)} places, write {top} or say why not"
+            faults += [told | dict(label=label, line=line, detail=f"{line}:tag: {words!r} is {label} here and {say}")
+                       for label, line in tags if label != top]
+            continue
+        lines = {label: [str(line) for found, line in tags if found == label] for label in counts}
+        where = "; ".join(f"{k} {len(at)} times (line {', '.join(at[:3])})" for k, at in lines.items())
+        warnings.append(told | dict(label=top, line=tags[0][1], detail=f"{words!r} is {where}: check the guidelines"))
+    return sorted(faults, key=lambda f: f["line"]), sorted(warnings, key=lambda w: -sum(w["counts"].values()))
+
+def _joined(tokens: tuple[str, ...]) -> str:
+    return "".join(tokens) if all(len(t) == 1 for t in tokens) else " ".join(tokens)
