@@ -10,7 +10,7 @@ import json
 
 # %% ../../nbs/01l_data.records.ipynb #c036abb7
 from .convert import field_faults, label_faults, slips, split_row, to_chat
-from .turns import check_chat, is_absent, lost_fields, read_tools, spoken, turn_notes
+from .turns import check_chat, is_absent, lost_fields, parsed, read_tools, spoken, turn_notes
 from .values import DataError
 
 # %% ../../nbs/01l_data.records.ipynb #797360f8
@@ -117,7 +117,7 @@ def to_record(
     fields, extra = split_row(row, format)
     record, faults = _body(row, fields, format)
     if faults: return None, faults
-    tools = next((row[k] for k in ("tools", "functions") if not is_absent(row.get(k))), None)
+    tools = next((row[k] for k in ("tools", "functions") if not is_absent(parsed(row.get(k)))), None)
     if tools is not None: record["tools"], faults = read_tools(tools)
     if {*FIELDS, "messages"} <= row.keys() and not is_absent(row["messages"]):  # ours, written before
         record["messages"] = extra.pop("messages", row["messages"])
