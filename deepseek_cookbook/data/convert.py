@@ -8,6 +8,7 @@ __all__ = ['FORMATS', 'RANKS', 'RESERVED', 'QUESTION', 'detect', 'slips', 'field
 
 # %% ../../nbs/01e_data.convert.ipynb #580fd2d0
 import difflib
+from functools import lru_cache
 
 # %% ../../nbs/01e_data.convert.ipynb #6024342c
 from .turns import check_chat, is_absent, lost_fields, read_tools, spoken, turn_notes
@@ -38,6 +39,7 @@ def detect(
 ) -> list[str]:  # the formats that it fits: one, if all is clear
     "Recognise a format by the names of its fields."
     if isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]: return ["tree"]
+    if {"parent_id", "role"} <= row.keys() and _given(row, "text|content"): return ["tree"]  # a root's parent is null
     fits = [name for name, (must, _) in FORMATS.items() if all(_given(row, names) for names in must)]
     if {*FORMATS["records"][0], "messages"} <= row.keys(): return ["alpaca"]  # ours, with the whole dialogue
     found = next((found for rank in RANKS if (found := [f for f in rank if f in fits])), [])
@@ -47,13 +49,17 @@ def detect(
 # %% ../../nbs/01e_data.convert.ipynb #8c9330f6
 def slips(
     row: dict,
-    names,  # those that the format knows, alternatives with a bar between them
+    names: tuple,  # those that the format knows, alternatives with a bar between them
 ) -> list[str]:  # faults
     "Unknown fields whose names are near to a known one that is missing."
+    return _slips(tuple(map(str, row)), names)
+
+@lru_cache(1000)  # the rows of a file have the same fields
+def _slips(row: tuple, names: tuple) -> list[str]:
     missing = [n.split("|")[0] for n in names if not any(one in row for one in n.split("|"))]
     known = {one for n in names for one in n.split("|")} | {*RESERVED, "id"}
-    near = [k for k in row if k not in known and difflib.get_close_matches(str(k), missing, 1, 0.75)
-            and not {*missing} & {*str(k).split("_")}]
+    near = [k for k in row if k not in known and difflib.get_close_matches(k, missing, 1, 0.75)
+            and not {*missing} & {*k.split("_")}]
     return [f"{k}: unknown field.{nearest(k, missing)}" for k in sorted(near)]
 
 def field_faults(
@@ -79,15 +85,21 @@ def label_faults(
 # %% ../../nbs/01e_data.convert.ipynb #e9ec5d40
 RESERVED = ("extra", "tools", "functions")  # of any format: what else a row held, the tools that it offers
 
+@lru_cache
+def _names(format: str) -> tuple[list[str], list[list[str]]]:
+    "First names of the fields that must be there; all names of all fields."
+    must, may = FORMATS[format]
+    return [n.split("|")[0] for n in must], [n.split("|") for n in (*must, *may, "id")]
+
 def split_row(
     row: dict,
     format: str,  # a key of FORMATS
 ) -> tuple[dict, dict]:  # the format's fields under their first names; all others that hold something
     "Sort a row's fields."
-    must, may = FORMATS[format]
-    named = {names.split("|")[0]: _given(row, names) for names in (*must, *may, "id")}
+    must, all_names = _names(format)
+    named = {names[0]: next((n for n in names if row.get(n) is not None), None) for names in all_names}
     fields = {first: row[name] for first, name in named.items() if name and not is_absent(row[name])}
-    for first in (names.split("|")[0] for names in must): fields.setdefault(first, row.get(named[first] or first))
+    for first in must: fields.setdefault(first, row.get(named[first] or first))
     used = {*named.values(), *RESERVED}
     extra = {k: v for k, v in row.items() if k not in used and not is_absent(v)}
     given = row.get("extra")

@@ -227,7 +227,7 @@ def data_phase(
 ) -> dict:  # counts, the reasons of rejection, and the first rows
     "The data phase: read, clean, split, write."
     config, seed = settings.build("data"), settings.build("run").seed
-    records, rejected = load_records(config.source, config.format)
+    records, rejected = load_records(config.source, config.format, config.max_rejected)
     read = len(records) + len(rejected)
     records, dirty = clean_records(records, settings.build("clean"))
     records, over = _limited(records, config.limit, seed)

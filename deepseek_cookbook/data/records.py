@@ -28,7 +28,7 @@ def check_record(
         return [f"record: found {type(row).__name__}, write an object with {', '.join(FIELDS)}"]
     may = {"input": " (it may be empty)", "history": " (it may be empty)"}
     faults = [f"{k}: missing, add it{may.get(k, '')}" for k in FIELDS if k not in row]
-    faults += slips(row, (*FIELDS, *OPTIONAL)) + lost_fields(row)
+    faults += slips(row, (*FIELDS, "system")) + lost_fields(row)
     wrong = [k for k, kind in FIELDS.items() if k in row and not isinstance(row[k], kind)]
     faults += [f"{k}: found {type(row[k]).__name__}, write {FIELDS[k].__name__}" for k in wrong]
     given = {k: row[k] for k in OPTIONAL if row.get(k) is not None}

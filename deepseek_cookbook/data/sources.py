@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 # %% ../../nbs/01j_data.sources.ipynb #f4f3eb6d
-from .values import MAX_LINE, STRICT, DataError, iter_json, iter_raw_of, open_data
+from .values import BUFFER, MAX_LINE, STRICT, DataError, iter_json, iter_raw_of, open_data
 
 # %% ../../nbs/01j_data.sources.ipynb #bbe32c73
 NESTED = re.compile(r"\s*(\[.*\]|\{.*\})\s*", re.DOTALL)
