@@ -131,8 +131,13 @@ def test_a_file_that_grows_is_read_to_its_size_at_the_start(tmp_path):
 
 def test_bad_rows_of_a_table(tmp_path):
     file = tmp_path / "x.csv"
-    file.write_bytes('question,answer\n"a, b",1\nx\n'.encode() + b"\xff,2\n" + "c,3\n".encode())
-    assert [(line, faults == []) for _, line, _, faults in iter_values(file)] == [(2, True), (3, False), (4, False), (5, True)]
+    file.write_bytes(b'question,answer\n"a, b",1\nx\n' + b"\xff,2\n" + b"c,3\n")
+    assert [(line, faults == []) for _, line, _, faults in iter_values(file)] == [
+        (2, True),
+        (3, False),
+        (4, False),
+        (5, True),
+    ]
     file.write_text('question,answer\na,1\n"open,2\nb,3\n')
     with pytest.raises(DataError, match="x.csv:3:line: no row of a table"):
         load_records(str(file), max_rejected=1.0)
@@ -229,7 +234,10 @@ def test_nulls_and_empties_are_as_if_absent(tmp_path, extra):  # B5, B6
 
 
 def test_true_slips_are_still_told():
-    for row, slip in ((dict(instruction="a", output="b", inptu="c"), "inptu"), (dict(messages=M("x"), sytem="s"), "sytem")):
+    for row, slip in (
+        (dict(instruction="a", output="b", inptu="c"), "inptu"),
+        (dict(messages=M("x"), sytem="s"), "sytem"),
+    ):
         name = "alpaca" if "output" in row else "messages"
         assert f"{slip}: unknown field. Did you mean" in to_record(row, name)[1][0]
     assert check_record(dict(instruction="a", input="", output="b", history=[], inputs="c", score=1)) == []
@@ -318,7 +326,9 @@ def test_demo_files_of_other_projects_are_accounted_for(tmp_path, name):
     rows = DEMOS[name]
     file = write(tmp_path, "x.txt" if isinstance(rows[0], str) else "x.jsonl", rows)
     records, rejected = load_records(file, max_rejected=0.5)
-    assert len(records) + len(rejected) == len([r for r in rows if r]) and [r["reason"] for r in rejected] == LEFT.get(name, [])
+    assert len(records) + len(rejected) == len([r for r in rows if r]) and [r["reason"] for r in rejected] == LEFT.get(
+        name, []
+    )
     assert all(check_record(r) == [] for r in records)
 
 
@@ -351,7 +361,11 @@ def test_trees_of_either_shape_and_deleted_messages(tmp_path):  # B26
 
 
 def test_provenance_is_said_once_for_files_that_do_not_say_it(tmp_path):
-    file = write(tmp_path, "hh.jsonl", [dict(chosen="\n\nHuman: Hi\n\nAssistant: Hello!", rejected="\n\nHuman: Hi\n\nAssistant: No.")])
+    file = write(
+        tmp_path,
+        "hh.jsonl",
+        [dict(chosen="\n\nHuman: Hi\n\nAssistant: Hello!", rejected="\n\nHuman: Hi\n\nAssistant: No.")],
+    )
     with pytest.raises(PairError, match="no row says who chose.*provenance='human'"):
         read_pairs(file)
     assert read_pairs(file, provenance="human")[0]["provenance"] == "human"

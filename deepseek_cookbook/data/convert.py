@@ -17,7 +17,8 @@ from ..settings import nearest
 # %% ../../nbs/01e_data.convert.ipynb #0f43612b
 FORMATS = {  # format: fields that a row must have, fields that it may have
     "records": (("instruction", "input", "output", "history"), ("system", "messages")),
-    "alpaca": (("instruction", "output|response|answer|completion"), ("input|context", "history", "system|system_prompt")),
+    "alpaca": (("instruction", "output|response|answer|completion"),
+               ("input|context", "history", "system|system_prompt")),
     "messages": (("messages",), ("system|system_prompt",)),
     "sharegpt": (("conversations|conversation|items|dialogue|data",), ("system|system_prompt",)),
     "prompt": (("prompt", "completion|response"), ("system|system_prompt",)),
@@ -28,12 +29,14 @@ FORMATS = {  # format: fields that a row must have, fields that it may have
     "text": (("text",), ()),
     "tree": (("parent_id", "role", "text|content"), ()),
 }
-RANKS = (("preference", "tree"), ("alpaca", "messages", "sharegpt", "prompt", "moss"), ("question", "firefly"), ("text",))
+RANKS = (("preference", "tree"), ("alpaca", "messages", "sharegpt", "prompt", "moss"), ("question", "firefly"),
+         ("text",))
 
 def _given(row: dict, names: str) -> str | None:
     "The first of a field's names that the row has."
     return next((n for n in names.split("|") if n in row and row[n] is not None), None)
 
+# %% ../../nbs/01e_data.convert.ipynb #b02e3ded
 def detect(
     row: dict,  # one row of a file
 ) -> list[str]:  # the formats that it fits: one, if all is clear
@@ -143,12 +146,14 @@ def _question(row: dict) -> tuple[object, list[str]]:
 
 def _asked(instruction, input, history) -> tuple[list[dict], list[str]]:
     "Instruction, input and earlier turns as messages; faults."
-    faults = [f"{k}: found {type(v).__name__}, write text" for k, v in dict(instruction=instruction, input=input).items()
+    given = dict(instruction=instruction, input=input).items()
+    faults = [f"{k}: found {type(v).__name__}, write text" for k, v in given
               if not (isinstance(v, str) or k == "input" and v is None)]
     before, wrong = ([], []) if is_absent(history) else check_chat(history, "history")
     if faults or wrong: return [], faults + wrong
     return before + [{"role": "user", "content": "\n\n".join(filter(None, (instruction, input)))}], []
 
+# %% ../../nbs/01e_data.convert.ipynb #ec595d5f
 def preference_row(
     row,  # a row with chosen, rejected, and mostly a question
 ) -> tuple[dict | None, list[str]]:  # prompt, chosen, rejected as lists of messages; the faults
@@ -175,6 +180,7 @@ def _until_question(turns) -> tuple[list[dict], list[str]]:
     blank = [f for f in faults if ": blank" not in f]
     return messages[:-1], blank
 
+# %% ../../nbs/01e_data.convert.ipynb #25b6e385
 def _pair(row: dict, chosen: list[dict], rejected: list[dict]) -> tuple[dict | None, list[str]]:
     "Two conversations that differ in their last turn as a preference; faults."
     (*asked, good), (*also, bad) = chosen, rejected
@@ -198,8 +204,8 @@ def to_chat(
     if format in ("question", "firefly"):
         ask, answer = ("question", "answer") if format == "question" else ("input", "target")
         messages, faults = _asked(row[ask], row.get("context"), row.get("history"))
-        messages, faults = ([], faults) if faults else check_chat(messages + _as_turns(row[answer], "assistant"), answer) \
-            if isinstance(row[answer], str) else ([], [f"{answer}: found {type(row[answer]).__name__}, write text"])
+        if not isinstance(row[answer], str): faults += [f"{answer}: found {type(row[answer]).__name__}, write text"]
+        if not faults: messages, faults = check_chat(messages + _as_turns(row[answer], "assistant"), answer)
     elif format == "prompt":
         sides = [_as_turns(row["prompt"], "user"), _as_turns(row["completion"], "assistant")]
         faults = [f"{name}: found {type(side).__name__}, write text or a list of messages"

@@ -32,7 +32,8 @@ def _node(row) -> tuple[dict, list[str]]:
     if node.get("parent_id") is not None and not name(node["parent_id"]):
         faults.append("parent_id: write the id of the message before, or null at a root")
     role = node.get("role")
-    if not (isinstance(role, str) and ROLES.get(role, "tool") != "tool"): faults.append(f"role: found {role!r}, write user or assistant")
+    if not (isinstance(role, str) and ROLES.get(role, "tool") != "tool"):
+        faults.append(f"role: found {role!r}, write user or assistant")
     if not (isinstance(node.get("content"), str) and node["content"].strip()): faults.append("content: write a text")
     return {"parent_id": None} | node | {"role": not faults and ROLES[role]}, faults
 
@@ -51,12 +52,14 @@ def _messages_of(row) -> list:
         waiting += [(node.get("message_id", node.get("id")), reply) for reply in reversed(replies)]
     return found
 
+# %% ../../nbs/01d_data.dialogue.ipynb #7cf756d5
 def read_nodes(
     path,  # of any container: one message a row, or one tree a row
 ) -> tuple[list[dict], list[dict]]:  # nodes with line and row; rejected {"reason", "line", "detail", "row"}
     "The nodes of a file; an id that was there before is rejected."
     nodes, rejected, seen = [], [], {}
-    for line, row, wrong in ((line, one, wrong) for _, line, row, wrong in iter_values(path) for one in _messages_of(row)):
+    rows = ((line, one, wrong) for _, line, row, wrong in iter_values(path) for one in _messages_of(row))
+    for line, row, wrong in rows:
         node, faults = ({}, wrong) if wrong else _node(row)
         reason = (reason_of(faults) if wrong else "deleted" if faults[0].startswith("deleted:") else "malformed"
                   ) if faults else "duplicate_id" if node["id"] in seen else None
@@ -101,7 +104,8 @@ def _lost(known: dict, reached: set, path, deleted: frozenset) -> list[dict]:
             walk[at], at = None, known[at]["parent_id"]
         why.update(dict.fromkeys(walk, why.get(at) or ("cycle" if at in walk else "deleted" if at in deleted
                                                       else "orphan")))
-    say = dict(deleted="hangs on a message that is marked as deleted", cycle="leads back to itself, set it to null at the first message",
+    say = dict(deleted="hangs on a message that is marked as deleted",
+               cycle="leads back to itself, set it to null at the first message",
                orphan="no message with this id leads to a root, add it or remove this branch")
     return [_reject(path, reason, known[i]["line"], known[i]["row"],
                     f"parent_id: {known[i]['parent_id']!r}: {say[reason]}") for i, reason in why.items()]
@@ -135,14 +139,15 @@ def threads(
 # %% ../../nbs/01d_data.dialogue.ipynb #5c3e5979
 def tree_rows(
     path,  # of any container: one message a row, or one tree a row
-) -> tuple[list[tuple[int, dict]], list[dict]]:  # (line of the leaf, record); rejected {"reason", "line", "detail", "row"}
+) -> tuple[list[tuple[int, dict]], list[dict]]:  # (line of the leaf, record); rejected
     "A dialogue tree as records, one a leaf, with their lines."
     nodes, rejected = read_nodes(path)
     gone = {r["row"].get("message_id", r["row"].get("id")) for r in rejected if r["reason"] == "deleted"}
     tree, lost = grow(nodes, path, frozenset(i for i in gone if isinstance(i, (str, int))))
     ways, open_questions = threads(tree, path)
     say = lambda way: [{"role": n["role"], "content": n["content"]} for n in way]
-    return [(way[-1]["line"], from_messages(say(way)) | _notes(way[-1])) for way in ways], rejected + lost + open_questions
+    rows = [(way[-1]["line"], from_messages(say(way)) | _notes(way[-1])) for way in ways]
+    return rows, rejected + lost + open_questions
 
 def _notes(leaf: dict) -> dict:
     "The id of a thread's last message, and what else its row holds."

@@ -27,7 +27,7 @@ from ..settings import atomic_write, nearest, write_jsonl
 @dataclass
 class DataConfig:
     "Where the records come from and how they are split."
-    source: str = "chatterbot:english"  # chatterbot:<language>[/<topic>], or what `source_files` takes: path, pattern, hub:…
+    source: str = "chatterbot:english"  # chatterbot:<language>[/<topic>], a path, a pattern, hub:…
     format: str = "auto"  # of its rows: auto, or a key of FORMATS
     max_rejected: float = 0.05  # share of the rows that may be faulty, 0 to 1; above it reading stops
     validation: float = 0.12  # share of the questions held out, 0 < share < 1
@@ -58,7 +58,8 @@ def _clear_format(row: dict, where: str) -> str | None:
 
 def _unclear(row: dict) -> list[str]:
     kinds = "; ".join(f"{name}: {', '.join(must)}" for name, (must, _) in FORMATS.items())
-    return [f"record: format unclear, the fields {', '.join(map(str, list(row)[:8]))}: no format has them. Known: {kinds}"]
+    fields = ", ".join(map(str, list(row)[:8]))
+    return [f"record: format unclear, the fields {fields}: no format has them. Known: {kinds}"]
 
 def _with_format(values, format: str) -> tuple[str, Iterator]:
     "The format of a file's rows by the first row that shows one, and all the values."
@@ -70,6 +71,7 @@ def _with_format(values, format: str) -> tuple[str, Iterator]:
         if len(head) == 100: break
     return format, chain(head, values)
 
+# %% ../../nbs/01_data.formats.ipynb #191565e7
 def _converted(values, format: str, convert) -> Iterator[Row]:
     "Values through `convert(row, format)`."
     format, values = _with_format(values, format)
@@ -94,7 +96,7 @@ class TreeRow(Row):
     def rejected(self) -> dict: return super().rejected() | dict(reason=self.reason, field=self.detail_field())
     def detail_field(self) -> str: return self.faults[0].removeprefix(f"{self.file}:{self.line}:").partition(":")[0]
 
-# %% ../../nbs/01_data.formats.ipynb #191565e7
+# %% ../../nbs/01_data.formats.ipynb #f31082dc
 def _iter_rows(source, format: str, limit: int, convert) -> Iterator[Row]:
     "Rows of a source; an id that comes twice is a fault."
     known = ("auto", *FORMATS)
@@ -120,6 +122,7 @@ def iter_rows(
     "The rows of a source, one at a time."
     return _iter_rows(source, format, limit, to_record)
 
+# %% ../../nbs/01_data.formats.ipynb #9217a3d1
 def iter_records(
     path,  # as `source` above
     format: str = "auto",
@@ -150,6 +153,7 @@ def read_records(
     "Read and check a source; raises `DataError` with every fault."
     return _all_or_faults(path, iter_rows(path, format), show)
 
+# %% ../../nbs/01_data.formats.ipynb #43a47e09
 def read_preferences(
     path,  # rows with chosen, rejected, and mostly a question
     show: int = 20,  # faults listed in the error

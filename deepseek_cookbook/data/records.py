@@ -20,6 +20,7 @@ OPTIONAL = {"system": str, "id": (str, int), "extra": dict, "tools": list, "mess
 def _is_turn(turn) -> bool:
     return isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
 
+# %% ../../nbs/01l_data.records.ipynb #b5df6a81
 def check_record(
     row,  # anything that a line of JSON can hold
 ) -> list[str]:  # one "field: what was found, what to do" each; empty if the record is sound
@@ -57,8 +58,10 @@ def to_messages(
 
 def _said(message: dict) -> str:
     "The text of an answer, or its tool calls as text."
-    return message["content"] or ("tool_calls" in message and json.dumps(message["tool_calls"], ensure_ascii=False)) or ""
+    calls = message.get("tool_calls")
+    return message["content"] or (json.dumps(calls, ensure_ascii=False) if calls else "")
 
+# %% ../../nbs/01l_data.records.ipynb #ce7ca3cf
 def from_messages(
     messages: list[dict],  # a system prompt or none, then user and assistant in turns, with tools between them
 ) -> dict:  # the four fields, system where there is one, and the messages themselves where tools are called
@@ -69,7 +72,8 @@ def from_messages(
         if m["role"] == "user": pairs.append([m["content"], ""])
         elif m["role"] == "assistant": pairs[-1][1] = _said(m)
     *history, (ask, answer) = pairs
-    return dict(instruction=ask, input="", output=answer, history=history) | system | ({} if plain else dict(messages=messages))
+    record = dict(instruction=ask, input="", output=answer, history=history) | system
+    return record if plain else record | dict(messages=messages)
 
 # %% ../../nbs/01l_data.records.ipynb #7a02ca04
 def _alpaca(row: dict) -> tuple[dict | None, list[str]]:
@@ -97,6 +101,7 @@ def _from_text(text) -> tuple[dict | None, list[str]]:
     try: return replay_record(text), []
     except DataError: return None, ["text: too short to be cut in two, leave it out"]
 
+# %% ../../nbs/01l_data.records.ipynb #944ea4fc
 def _body(row: dict, fields: dict, format: str) -> tuple[dict | None, list[str]]:
     "What a row asks and answers, as a record; faults."
     if format == "text": return _from_text(fields["text"])
@@ -104,6 +109,7 @@ def _body(row: dict, fields: dict, format: str) -> tuple[dict | None, list[str]]
     messages, faults = to_chat(row, format)
     return (None, faults) if faults else (from_messages(messages), [])
 
+# %% ../../nbs/01l_data.records.ipynb #0e105e94
 def to_record(
     row,  # anything that JSON can hold
     format: str,  # a key of FORMATS; of a tree, one row is no record

@@ -32,6 +32,7 @@ def _table_row(cells: list[str], header: list[str]) -> tuple:
     if len(cells) == len(header): return dict(zip(header, map(_cell, cells))), []
     return cells, [f"columns: found {len(cells)} where the header has {len(header)}, quote the cells that hold commas"]
 
+# %% ../../nbs/01j_data.sources.ipynb #5271c0ed
 def _table(f, path, limit: int) -> Iterator[tuple]:
     "The rows of a CSV or TSV file."
     lines = (line.decode("utf-8", "surrogateescape") for line in iter(lambda: f.readline(limit), b""))
@@ -72,6 +73,7 @@ def _parquet(path, rows: int = 256) -> Iterator[tuple]:
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{path}: no whole Parquet file ({str(e).splitlines()[0]}). Fetch it again.") from None
 
+# %% ../../nbs/01j_data.sources.ipynb #bdb7e77f
 def _paragraphs(f, limit: int) -> Iterator[tuple]:
     "The paragraphs of a text file, each as {'text': …}."
     text, start = [], 1
@@ -126,6 +128,7 @@ def _values_of(path: str, limit: int) -> Iterator[tuple]:
         elif kind == ".txt": yield from _paragraphs(f, limit)
         else: yield from iter_json(f, limit)
 
+# %% ../../nbs/01j_data.sources.ipynb #d0ccde5b
 def iter_values(
     source,  # see `source_files`
     limit: int = MAX_LINE,  # bytes a line may have

@@ -32,7 +32,8 @@ def _call(call, where: str) -> tuple[dict, list[str]]:
     name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
     arguments = {} if is_absent(arguments) else parsed(arguments)
     if not (isinstance(name, str) and name.strip()): return {}, [f"{where}.name: write the name of a function"]
-    if not isinstance(arguments, dict): return {}, [f"{where}.arguments: found {str(arguments)[:40]!r}, write an object"]
+    if not isinstance(arguments, dict):
+        return {}, [f"{where}.arguments: found {str(arguments)[:40]!r}, write an object"]
     kept = {} if is_absent(call.get("id")) else {"id": call["id"]}
     return kept | {"type": "function", "function": dict(name=name, arguments=arguments)}, []
 
@@ -42,14 +43,15 @@ def _calls(given, where: str) -> tuple[list[dict], list[str]]:
     found = [_call(c, f"{where}[{i}]") for i, c in enumerate(given if isinstance(given, list) else [given])]
     return [call for call, _ in found], [fault for _, faults in found for fault in faults]
 
+# %% ../../nbs/01k_data.turns.ipynb #257d4839
 def read_tools(
     tools,  # of a row: a list, or its JSON text; OpenAI's older `functions` too
 ) -> tuple[list[dict], list[str]]:  # one object each; faults
     "The tools that a row offers."
     tools = parsed(tools)
     tools = tools if isinstance(tools, list) else [tools]
-    bad = [f"tools[{i}]: found {type(t).__name__}, write an object" for i, t in enumerate(tools) if not isinstance(t, dict)]
-    return tools, bad
+    bad = [i for i, tool in enumerate(tools) if not isinstance(tool, dict)]
+    return tools, [f"tools[{i}]: found {type(tools[i]).__name__}, write an object" for i in bad]
 
 # %% ../../nbs/01k_data.turns.ipynb #1ad78504
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
@@ -77,6 +79,7 @@ def _text(value, role: str) -> str | None:
     if role == "tool" and isinstance(value, (dict, list)): return json.dumps(value, ensure_ascii=False)
     return value if isinstance(value, str) else None
 
+# %% ../../nbs/01k_data.turns.ipynb #bec0bef3
 def _message(turn, where: str) -> tuple[dict, list[str]]:
     "A turn as a message, and its faults."
     who, said = ([next((k for k in names if k in turn), None) for names in (WHO, SAID)] if isinstance(turn, dict)
@@ -96,6 +99,7 @@ def _message(turn, where: str) -> tuple[dict, list[str]]:
     more = {k: turn[k] for k in ("name", "tool_call_id") if role == "tool" and not is_absent(turn.get(k))}
     return {"role": role, "content": text} | ({"tool_calls": calls} if calls else {}) | more, faults
 
+# %% ../../nbs/01k_data.turns.ipynb #38594ecd
 def turn_notes(
     turns,  # a list of turns
 ) -> list[dict]:  # for each turn what else it holds; empty if none holds anything
@@ -110,9 +114,9 @@ def turn_notes(
 # %% ../../nbs/01k_data.turns.ipynb #bbd84d4c
 DUOS = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"), ("Human", "MOSS"),
         ("prompt", "response"), ("query", "response"), ("instruction", "output"))
-MARKS = (r"\n\n(Human|Assistant): ?", r"### ?(Human|Assistant|Instruction|Response): ?", r"(?:^|\n)(Human|Assistant)[:：] ?",
-         r"<\|(Human|MOSS)\|>: ?", r"\[(Human|MOSS)\]: ?")
-SPEAKERS = {"Human": "user", "Instruction": "user", "Assistant": "assistant", "Response": "assistant", "MOSS": "assistant"}
+MARKS = (r"\n\n(Human|Assistant): ?", r"### ?(Human|Assistant|Instruction|Response): ?",
+         r"(?:^|\n)(Human|Assistant)[:：] ?", r"<\|(Human|MOSS)\|>: ?", r"\[(Human|MOSS)\]: ?")
+SPEAKERS = {"Human": "user", "Instruction": "user"}  # every other one is the assistant
 ENDS = re.compile(r"(?:<eo[ahmtcr]>|</s>)\s*$")
 
 def spoken(
@@ -121,16 +125,17 @@ def spoken(
     "A text with the speakers' names in it as turns."
     for mark in MARKS:
         parts = re.split(mark, text)
-        if len(parts) > 1 and not parts[0].strip() and SPEAKERS[parts[1]] == "user": break
+        if len(parts) > 1 and not parts[0].strip() and parts[1] in SPEAKERS: break
     else: return []
     end = ENDS if "MOSS" in mark else re.compile("$^")
-    return [{"role": SPEAKERS[who], "content": end.sub("", said.strip()).strip()}
+    return [{"role": SPEAKERS.get(who, "assistant"), "content": end.sub("", said.strip()).strip()}
             for who, said in zip(parts[1::2], parts[2::2])]
 
 def _moss(text):
     "A turn of MOSS without the tokens around it."
     return re.sub(r"^<\|\w+\|>: ?", "", ENDS.sub("", text.strip())).strip() if isinstance(text, str) else text
 
+# %% ../../nbs/01k_data.turns.ipynb #593d9a04
 def _duo(turn) -> list:
     "A question and its answer as two turns; a turn stays one."
     duo = next((d for d in DUOS if isinstance(turn, dict) and {*d} <= turn.keys() and not {*WHO} & turn.keys()), None)
@@ -151,7 +156,8 @@ def flat_turns(
     if isinstance(turns, dict) and turns and all(re.fullmatch(r"turn_\d+", k) for k in turns):
         turns = [turns[k] for k in sorted(turns, key=lambda k: int(k[5:]))]
     if not isinstance(turns, list): return turns
-    if turns and all(isinstance(t, list) and len(t) == 2 for t in turns): turns = [text for pair in turns for text in pair]
+    if turns and all(isinstance(t, list) and len(t) == 2 for t in turns):
+        turns = [text for pair in turns for text in pair]
     if turns and all(isinstance(t, str) for t in turns):
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     return [one for turn in turns for one in _duo(turn)]
@@ -166,11 +172,13 @@ def _order(messages: list[dict], field: str) -> list[str]:
     for i, message in enumerate(messages):
         role = message["role"]
         if not (i == 0 and role == "system") and role not in AFTER[before]:
-            return [f"{field}[{i}]: found {role} where {AFTER[before][0]} is due, join or remove turns until they alternate"]
+            return [f"{field}[{i}]: found {role} where {AFTER[before][0]} is due, join or remove turns until they "
+                    "alternate"]
         before = "calls" if "tool_calls" in message else role
     if before in ("assistant", "calls"): return []
     return [f"{field}: no answer at the end, add it or remove the last question"]
 
+# %% ../../nbs/01k_data.turns.ipynb #3157d72a
 def check_chat(
     turns,  # a list of turns of any kind
     field: str,  # its name in the row, for the report
@@ -184,5 +192,6 @@ def check_chat(
     if messages and messages[0] == {"role": "system", "content": ""}: messages = messages[1:]
     if faults := _order(messages, field): return [], faults
     asked = max(i for i, m in enumerate(messages) if m["role"] == "user")
-    blank = [i for i in (asked, len(messages) - 1) if not (messages[i]["content"].strip() or "tool_calls" in messages[i])]
+    said = lambda message: message["content"].strip() or "tool_calls" in message
+    blank = [i for i in (asked, len(messages) - 1) if not said(messages[i])]
     return messages, [f"{field}[{i}]: blank, write a text" for i in blank]

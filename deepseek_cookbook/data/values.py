@@ -45,6 +45,7 @@ def _unpacked(f: io.BufferedReader) -> io.BufferedReader:
 
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)  # of a compressed file; Arrow raises OSError without a number
 
+# %% ../../nbs/01i_data.values.ipynb #de1f9184
 @contextmanager
 def open_data(
     path: str | Path,  # a text file, UTF-8, with or without a byte order mark, perhaps compressed
@@ -61,13 +62,15 @@ def open_data(
             yield f
     except BROKEN as e: raise DataError(f"{path}: a compressed file that is broken ({e}). Fetch it again.") from None
     except OSError as e:
-        if e.errno is None: raise DataError(f"{path}: a compressed file that is broken ({e}). Fetch it again.") from None
-        raise DataError(f"{path}: {e.strerror or e}. Give the path of a data file (data.source).") from None
+        why = (f"a compressed file that is broken ({e}). Fetch it again" if e.errno is None
+               else f"{e.strerror or e}. Give the path of a data file (data.source)")
+        raise DataError(f"{path}: {why}.") from None
 
 # %% ../../nbs/01i_data.values.ipynb #89bba6a8
 MAX_LINE = 16 * 2**20  # bytes
 
 def iter_raw_of(f, limit: int) -> Iterator[tuple[int, bytes, list[str]]]:
+    "The lines of an open file."
     for number in count(1):
         line = size = f.readline(limit + 1)
         if not line: return
@@ -111,6 +114,7 @@ def _half_character(row, source: str | bytes) -> list[str]:
     except UnicodeEncodeError: return ["line: half a character (\\ud800 to \\udfff alone), write the whole one"]
     return []
 
+# %% ../../nbs/01i_data.values.ipynb #e9fde253
 def parse_line(
     line: bytes,  # one line, without its end
 ) -> tuple:  # what the JSON holds, or None; the faults of the line
@@ -145,6 +149,7 @@ def _value(text: str, at: int) -> tuple:
     whole = text[stop - 1:stop] in '}]"' or stop < len(text)  # at the very end a number could go on
     return row, stop, None if whole else "cut short", faults or _half_character(row, text[at:stop])
 
+# %% ../../nbs/01i_data.values.ipynb #fa997e5e
 def _values(f, limit: int, text: str, line: int, close: str) -> Iterator[tuple]:
     "Values with commas or blanks between them, up to `close`, or to the end; `text` was read before."
     decode, at, last = codecs.getincrementaldecoder("utf-8")().decode, 0, False
@@ -191,6 +196,7 @@ def iter_array(
         if f.peek(1)[:1] == b"[": yield from _values(f, limit, f.read(1).decode()[1:], line, "]")
         else: yield line, None, ["list: no [ at its beginning; mend it from this line on, the rest was not read"]
 
+# %% ../../nbs/01i_data.values.ipynb #ad63afb9
 def _skip_blanks(f) -> int:
     "Skip blanks and empty lines; the number of the line that follows."
     line = 1
@@ -222,6 +228,7 @@ def iter_json(f, limit: int) -> Iterator[tuple]:
     elif head.startswith("{") and _over_lines(head): yield from _values(f, limit, "", line, "")
     else: yield from _json_lines(f, limit, line)
 
+# %% ../../nbs/01i_data.values.ipynb #aedb5804
 def _json_lines(f, limit: int, first: int) -> Iterator[tuple]:
     for number, line, faults in iter_raw_of(f, limit):
         if not (faults or line.strip()): continue

@@ -106,7 +106,8 @@ def _settle(path, good: list[dict], bad: list[dict], rejected: str | Path | None
         raise PairError(f"{path}: no row says who chose. Say it for the whole file: provenance='human' for people, or "
                         f"one of {', '.join(PROVENANCES[1:])}.")
     lines = [f"{b['file']}:{b['line']}:{w}" for b in bad for w in b["detail"]]
-    if any(b["reason"] == "unread" for b in bad): raise PairError("\n".join([f"{path}: not read to its end", *lines[-show:]]))
+    if any(b["reason"] == "unread" for b in bad):
+        raise PairError("\n".join([f"{path}: not read to its end", *lines[-show:]]))
     if bad and not rejected:
         raise PairError("\n".join([f"{path}: {len(bad)} bad rows; rejected=… would put them aside", *lines[:show]]))
     if rejected: write_jsonl(rejected, bad)
