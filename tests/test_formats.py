@@ -226,7 +226,7 @@ FAULTS = {
     "an answer first": ("sharegpt", {"conversations": CHAT[1:]}, "conversations[0]: found assistant where user is due"),
     "two questions": ("messages", {"messages": CHAT[:1] * 2}, "messages[1]: found user where assistant is due"),
     "system in between": ("messages", {"messages": [*CHAT, {"role": "system", "content": "x"}]}, "[2]: found system"),
-    "a tool": ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: found tool where user is due"),
+    "a tool": ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: found tool where user is"),
     "a tool call": ("messages", {"messages": [*CHAT[:1], CHAT[1] | {"tool_calls": [1]}]}, "messages[1].tool_calls"),
     "a weight": ("messages", {"messages": [*CHAT[:1], CHAT[1] | {"weight": 0}]}, "messages[1].weight"),
     "a picture": ("messages", {"messages": CHAT, "images": ["a.png"]}, "images: no record can hold it"),
@@ -262,7 +262,8 @@ def test_all_are_read_without_a_name(tmp_path):
         prompt={"prompt": "问？", "completion": "答。"},
         preference={"prompt": "问？", "chosen": "答。", "rejected": "不。"},
         question={"query": "问？", "response": "答。"}, firefly={"input": "问？", "target": "答。"},
-        moss={"plain_text": "[Human]: 问？<eoh> [MOSS]: 答。<eoa>"}, text={"text": "### Human: 问？### Assistant: 答。"},
+        moss={"plain_text": "[Human]: 问？<eoh> [MOSS]: 答。<eoa>"},
+        text={"text": "### Human: 问？### Assistant: 答。"},
     )  # fmt: skip
     assert {*rows} == {*FORMATS} - {"tree"}
     for name, row in rows.items():

@@ -47,7 +47,8 @@ def contain(folder, kind):
     lines = "".join(json.dumps(r) + "\n" for r in QA)
     table = "question,answer\r\n" + "".join(f"{r['question']},{r['answer']}\r\n" for r in QA)
     made = {
-        "a.jsonl": lines.encode(), "comma.jsonl": lines.replace("\n", ",\n").encode(), "a.json": json.dumps(QA).encode(),
+        "a.jsonl": lines.encode(), "comma.jsonl": lines.replace("\n", ",\n").encode(),
+        "a.json": json.dumps(QA).encode(),
         "bom.jsonl": ("\ufeff" + lines).encode(), "data.json": json.dumps(dict(version="1", data=QA, by="x")).encode(),
         "many.json": "\n".join(json.dumps(r, indent=1) for r in QA).encode(), "a.csv": table.encode(),
         "a.tsv": table.replace(",", "\t").encode(), "semicolon.csv": b"\xef\xbb\xbf" + table.replace(",", ";").encode(),
@@ -199,7 +200,8 @@ def test_kept_and_rejected_are_what_was_read(tmp_path, lines):
 
 
 def test_an_answer_that_a_label_calls_bad_is_never_learnt(tmp_path):  # B4
-    rows = [dict(prompt="When?", completion="Find out yourself.", label=False), dict(prompt="When?", completion="At six.", label=True),
+    rows = [dict(prompt="When?", completion="Find out yourself.", label=False),
+            dict(prompt="When?", completion="At six.", label=True),
             dict(messages=[ASK, SAY], label=0), dict(conversations=[ASK, SAY], kto_tag=False)]  # fmt: skip
     records, rejected = load_records(write(tmp_path, "kto.jsonl", rows[:2]))
     assert [r["output"] for r in records] == ["At six."] and [r["reason"] for r in rejected] == ["bad_label"]
@@ -215,15 +217,18 @@ M = lambda a: [ASK, dict(SAY, content=a)]  # noqa: E731
 PAIR = dict(prompt="Name a river.", chosen=M("The Elbe."), rejected=M("A river."))
 
 
-@pytest.mark.parametrize("extra", [dict(prompt_id="a1"), dict(messages=M("The Elbe."), score_chosen=8.0, score_rejected=3.0),
-                                   dict(idx=4), dict(uid="u-4"), dict(id=None), dict(margin=None), dict(scores=None)])  # fmt: skip
+@pytest.mark.parametrize("extra", [dict(prompt_id="a1"), dict(messages=M("The Elbe."), score_chosen=8.0,
+                                        score_rejected=3.0),
+                                   dict(idx=4), dict(uid="u-4"), dict(id=None), dict(margin=None),
+                                   dict(scores=None)])  # fmt: skip
 def test_columns_of_others_are_no_slips(tmp_path, extra):  # B5, B6
     (pair,) = read_pairs(write(tmp_path, "p.jsonl", [PAIR | extra]), provenance="ai")
     assert pair["chosen"] == [SAY] and pair["prompt"] == [ASK]
     assert load_records(str(tmp_path / "p.jsonl"))[0][0]["output"] == "The Elbe."
 
 
-@pytest.mark.parametrize("extra", [dict(conversation_id=7), dict(idx=1), dict(tools=None), dict(tools="[]"), dict(images=[]),
+@pytest.mark.parametrize("extra", [dict(conversation_id=7), dict(idx=1), dict(tools=None), dict(tools="[]"),
+                                   dict(images=[]),
                                    dict(id=None), dict(system=""), dict(tool_calls=None)])  # fmt: skip
 def test_nulls_and_empties_are_as_if_absent(tmp_path, extra):  # B5, B6
     turns = [ASK | dict(tool_calls=[], reasoning_content=""), SAY | dict(name=None)]
@@ -257,14 +262,17 @@ def test_control_tokens_stay_text():
 CALL = dict(name="rate", arguments={"of": "EUR"})
 SHAPES = {
     "openai": dict(tools=[dict(type="function", function=dict(name="rate"))], messages=[
-        ASK, dict(role="assistant", content=None, tool_calls=[dict(type="function", function=dict(CALL, arguments='{"of": "EUR"}'))]),
+        ASK, dict(role="assistant", content=None, tool_calls=[dict(type="function",
+            function=dict(CALL, arguments='{"of": "EUR"}'))]),
         dict(role="tool", content="7.8"), SAY]),
-    "objects": dict(messages=[ASK, dict(role="assistant", tool_calls=[dict(function=CALL)]), dict(role="tool", content="7.8"), SAY]),
+    "objects": dict(messages=[ASK, dict(role="assistant", tool_calls=[dict(function=CALL)]),
+                              dict(role="tool", content="7.8"), SAY]),
     "factory": dict(tools=json.dumps([dict(name="rate")]), conversations=[
         {"from": "human", "value": ASK["content"]}, {"from": "function_call", "value": json.dumps(CALL)},
         {"from": "observation", "value": "7.8"}, {"from": "gpt", "value": SAY["content"]}]),
     "older": dict(functions=[dict(name="rate")], messages=[
-        ASK, dict(role="assistant", content=None, function_call=dict(CALL, arguments='{"of": "EUR"}')), dict(role="function", content="7.8"), SAY]),
+        ASK, dict(role="assistant", content=None, function_call=dict(CALL, arguments='{"of": "EUR"}')),
+        dict(role="function", content="7.8"), SAY]),
 }  # fmt: skip
 
 
@@ -344,14 +352,16 @@ def test_what_the_odd_shapes_become():
 
 def test_trees_of_either_shape_and_deleted_messages(tmp_path):  # B26
     node = lambda i, p, role, **more: dict(message_id=i, parent_id=p, role=role, text=f"says {i}", **more)  # noqa: E731
-    flat = [node("q", None, "prompter"), node("a", "q", "assistant", lang="en"), node("b", "q", "assistant", deleted=True),
+    flat = [node("q", None, "prompter"), node("a", "q", "assistant", lang="en"),
+            node("b", "q", "assistant", deleted=True),
             node("c", "b", "prompter"), node("d", "q", "assistant", review_result=False)]  # fmt: skip
     records, rejected = load_records(write(tmp_path, "flat.jsonl", flat))
     assert [(r["id"], r["output"], r["extra"]) for r in records] == [("a", "says a", {"lang": "en"})]
     assert sorted(r["reason"] for r in rejected) == ["deleted"] * 3
     bare = lambda n: {k: v for k, v in n.items() if k != "parent_id"}  # noqa: E731
     tree = dict(message_tree_id="q", tree_state="ready_for_export", prompt=bare(flat[0]) | dict(
-        replies=[bare(flat[1]) | dict(replies=[]), bare(flat[2]) | dict(replies=[bare(flat[3])]), bare(flat[4])]))  # fmt: skip
+        replies=[bare(flat[1]) | dict(replies=[]), bare(flat[2]) | dict(replies=[bare(flat[3])]),
+                 bare(flat[4])]))  # fmt: skip
     again, others = load_records(write(tmp_path, "tree.jsonl", [tree]))
     assert again == records and len(others) == 3
     assert tree_records(tmp_path / "tree.jsonl")[0] == records
@@ -389,7 +399,8 @@ def test_every_format_gives_back_what_went_out(tmp_path, data, name, suffix, zip
     rows = data.draw(st.lists(st.fixed_dictionaries(
         dict(instruction=said, input=text if plain else st.just(""), output=said,
              history=st.lists(st.lists(text, min_size=2, max_size=2), max_size=2)),
-        optional=dict(system=said, extra=st.dictionaries(said, value, min_size=1, max_size=2), tools=st.just([dict(name="f")]))),
+        optional=dict(system=said, extra=st.dictionaries(said, value, min_size=1, max_size=2),
+                      tools=st.just([dict(name="f")]))),
         min_size=1, max_size=4))  # fmt: skip
     rows = [row | dict(id=i) for i, row in enumerate(rows)]
     write_records(tmp_path / f"x{suffix}", rows, name)
