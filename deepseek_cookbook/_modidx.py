@@ -610,6 +610,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'deepseek_cookbook/data/values.py'),
                                                'deepseek_cookbook.data.values._half_character': ( 'data.values.html#_half_character',
                                                                                                   'deepseek_cookbook/data/values.py'),
+                                               'deepseek_cookbook.data.values._is_list': ( 'data.values.html#_is_list',
+                                                                                           'deepseek_cookbook/data/values.py'),
                                                'deepseek_cookbook.data.values._json_lines': ( 'data.values.html#_json_lines',
                                                                                               'deepseek_cookbook/data/values.py'),
                                                'deepseek_cookbook.data.values._number': ( 'data.values.html#_number',

@@ -217,11 +217,17 @@ def _over_lines(head: str) -> bool:
         return not (head[e.pos:e.pos + 1] == "{" and not head[:e.pos].rpartition("\n")[2].strip())
     return True
 
+def _is_list(head: str) -> bool:
+    "Whether a text that begins with a bracket is one list, and not lines with a list each."
+    first, _, rest = head.partition("\n")
+    try: return not (LENIENT.decode(first.rstrip().removesuffix(",")) is not None and rest.strip())
+    except (ValueError, RecursionError): return True
+
 def iter_json(f, limit: int) -> Iterator[tuple]:
     "The values of a JSON file of any shape."
     line = _skip_blanks(f)
     head = f.peek(BUFFER).decode("utf-8", "ignore")
-    if head.startswith("["): yield from _values(f, limit, f.read(1).decode()[1:], line, "]")
+    if head.startswith("[") and _is_list(head): yield from _values(f, limit, f.read(1).decode()[1:], line, "]")
     elif found := WRAPPER.match(head):
         f.read(len(found[0].encode()))
         yield from _values(f, limit, "", line + found[0].count("\n"), "]")
