@@ -19,9 +19,9 @@ from typing import Any, get_type_hints
 SECTIONS = {
     "run": "deepseek_cookbook.settings:RunConfig",
     "model": "deepseek_cookbook.settings:ModelConfig",
-    "data": "deepseek_cookbook.data.mix:DataPhaseConfig",
+    "data": "deepseek_cookbook.data.formats:DataConfig",
     "clean": "deepseek_cookbook.data.clean:CleanConfig",
-    "augment": "deepseek_cookbook.augment.gate:AugmentConfig",
+    "augment": "deepseek_cookbook.augment.records:RecordsConfig",
     "lora": "peft:LoraConfig",
     "sft": "trl:SFTConfig",
     "train": "deepseek_cookbook.sft.train:TrainConfig",

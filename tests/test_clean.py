@@ -168,7 +168,6 @@ BROKEN = {
     "half of a pair": (line().replace(b'""', b'"\\ud83d"'), "malformed"),
     "a list": (b"[1]", "malformed"),
     "a missing field": (b'{"instruction": "x"}', "malformed"),
-    "an extra field": (line(colour="red"), "malformed"),
     "a wrong type": (line(output=["x"]), "malformed"),
     "blank once cleaned": (line(output="\u200b\u200b"), "malformed"),
     "mojibake": (line(output="caf\u00c3\u00a9"), "garbled"),
@@ -222,7 +221,7 @@ def test_what_is_no_file_of_rows_is_one_clear_error(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "blank.jsonl").write_bytes(b"\n \r\n\n")
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(line()))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(line())[:-4])
     with pytest.raises(DataError):
         clean(str(tmp_path / name), tmp_path / "out.jsonl", quiet)
     assert not list(tmp_path.glob("*out*")) and not (tmp_path / "rejected.jsonl").exists()

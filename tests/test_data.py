@@ -81,12 +81,12 @@ BAD_LINES = {
     "a number": (b"7", "record: found int"),
     "a list": (b"[1]", "record: found list"),
     "null": (b"null", "record: found NoneType"),
-    "not a number": (b"NaN", "record: found float"),
+    "not a number": (b"NaN", "line: not valid JSON (NaN is no number of JSON"),
     "a number of 5000 digits": (b"9" * 5000, "line: not valid JSON"),
     "nested too deeply": (b"[" * 50_000, "line: not valid JSON"),
     "two objects": (line() + line(), "line: not valid JSON (Extra data)"),
     "an empty object": (b"{}", "instruction: missing, add it"),
-    "a misspelt field": (b'{"histroy": []}', "histroy: unknown field, remove it. Did you mean 'history'?"),
+    "a misspelt field": (b'{"histroy": []}', "histroy: unknown field. Did you mean 'history'?"),
     "a blank question": (line(instruction=" \u3000"), "instruction: blank"),
     "an empty answer": (line(output=""), "output: blank"),
     "a turn of one": (line(history=[["a"]]), "history: write a list of [user, assistant] pairs"),
@@ -112,7 +112,7 @@ def test_all_faults_are_counted_and_some_are_shown(tmp_path):
     with pytest.raises(DataError) as found:
         read_records(file, show=7)
     head, *shown, rest = str(found.value).splitlines()
-    assert head.endswith(": 150 faults") and len(shown) == 7 and rest == "… and 143 more"
+    assert head.endswith(": 120 faults") and len(shown) == 7 and rest == "… and 113 more"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"\r\n  \r\n"])

@@ -140,7 +140,7 @@ def test_a_broken_line_is_a_rejected_row(tmp_path):
     file = tmp_path / "tree.jsonl"
     file.write_bytes(b'{"id": 1, "role": "user", "content": "a"}\n{"id"\n\xff\n')
     told = [(r["line"], r["reason"]) for r in tree_records(file)[1]]
-    assert told == [(2, "malformed"), (3, "malformed"), (1, "no_answer")]
+    assert told == [(2, "not_json"), (3, "not_utf8"), (1, "no_answer")]
 
 
 # ---------------------------------------------------------------- tags

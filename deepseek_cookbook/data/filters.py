@@ -7,7 +7,7 @@ __all__ = ['HAN', 'MARKS', 'PIECE', 'SIGN', 'LETTER', 'DIGIT', 'RAISED', 'HANZI'
            'JOINER', 'STRAY', 'WIDTH', 'UNFOLDED', 'GARBLED', 'ID_WEIGHTS', 'DOMAINS', 'EMAIL', 'ID', 'PHONE',
            'NO_PHONE', 'MAYBE', 'CHINESE', 'NO_PROSE', 'CLOSED', 'TAG_OF', 'ENDINGS', 'MODALS', 'SUBJECTS', 'WORD',
            'ICTCLAS', 'pieces', 'kinds', 'clean_characters', 'normalize', 'garbled', 'is_chinese_id', 'mask_pii',
-           'language', 'tag_english', 'tag', 'content_share', 'Idf']
+           'language', 'tag_english', 'tag', 'content_share', 'Idf', 'content_fault']
 
 # %% ../../nbs/01g_data.filters.ipynb #198ddd69
 import math, re, unicodedata
@@ -263,3 +263,16 @@ class Idf:
     def information(self, text: str) -> float:
         "Sum of log((1 + N) / (1 + df)) over the distinct pieces, in nats."
         return sum(math.log((1 + self.count) / (1 + self.df.get(p, 0))) for p in set(pieces(text)))
+
+# %% ../../nbs/01g_data.filters.ipynb #65674e62
+def content_fault(
+    record: dict,  # the four fields
+    least: float = 0.25,  # share of nouns, verbs, adjectives and numbers below which the field is a fault, 0 to 1
+    field: str = "output",  # or instruction, input
+    words: int = 5,  # texts of fewer words aren't judged
+) -> tuple[str, str]:  # reason and detail, or two empty texts
+    "Whether too few words of a text carry content."
+    tags = [t for _, t in tag(record[field])]
+    share = sum(t in ("NOUN", "VERB", "ADJ", "NUM") for t in tags) / max(1, len(tags))
+    if len(tags) < words or share >= least: return "", ""
+    return "low_content", f"{field}: {share:.2f} of {len(tags)} words carry content, below {least}"

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'quotas', 'mix_domains', 'read_clean', 'mix_sources', 'python_texts', 'replay_record', 'replay_rows',
-           'DataPhaseConfig', 'data_phase']
+           'data_phase']
 
 # %% ../../nbs/01b_data.mix.ipynb #f1aa3ff3
 import random
 from collections import Counter
-from dataclasses import dataclass
 from fractions import Fraction
 
 # %% ../../nbs/01b_data.mix.ipynb #e3809881
-from .clean import CleanConfig, clean_records
-from .formats import DataConfig, DataError, load_records
+from .clean import CleanConfig, CleanReport, clean_records
+from .formats import DataError, extra_columns, load_records
 from .split import (compare_sides, drop_copies, near_pairs, script_of, split_records, split_sides,
                                           stratum)
 from ..settings import RunFolder, Settings, nearest, write_jsonl
@@ -75,24 +74,24 @@ def read_clean(
     sources: list[str],  # as DataConfig.source
     format: str = "auto",  # as DataConfig.format
     config: CleanConfig | None = None,
-) -> tuple[dict[str, list[dict]], list[dict], dict[str, int]]:  # source -> kept; rejected; field -> rows changed in it
+    max_rejected: float = 0.05,  # as DataConfig.max_rejected
+) -> tuple[dict[str, list[dict]], list[dict], dict]:  # source -> kept; rejected; what cleaning changed and left
     "Read sources and clean them as one set; kept + rejected = read."
-    records, of, rejected = [], [], []
+    records, of, rejected, report = [], [], [], CleanReport()
     for source in sources:
-        rows, malformed = load_records(source, format)
+        rows, malformed = load_records(source, format, max_rejected)
         records, of, rejected = records + rows, of + [source] * len(rows), rejected + malformed
-    kept, dirty = clean_records(records, config)
-    gone = {id(r["row"]) for r in dirty}
-    before = [(r, source) for r, source in zip(records, of, strict=True) if id(r) not in gone]
-    domains, changed = {source: [] for source in sources}, Counter()
-    for (old, source), new in zip(before, kept, strict=True):
-        domains[source].append(new)
-        changed.update(k for k in ("instruction", "input", "output", "history") if old.get(k) != new.get(k))
-    return domains, rejected + dirty, dict(changed)
+    kept, dirty = clean_records(records, config, report)
+    if not kept: raise DataError(f"{', '.join(sources)}: cleaning keeps no row: {dict(report.rejected)}. See [clean].")
+    gone, domains = {id(r["row"]) for r in dirty}, {source: [] for source in sources}
+    places = [source for r, source in zip(records, of, strict=True) if id(r) not in gone]
+    for record, source in zip(kept, places, strict=True): domains[source].append(record)
+    counts = report.counts()
+    return domains, rejected + dirty, {k: counts[k] for k in ("changed", "private_left")}
 
 # %% ../../nbs/01b_data.mix.ipynb #087ee2a1
 def mix_sources(
-    ratios: dict[str, float],  # source -> its part, as DataPhaseConfig.mix
+    ratios: dict[str, float],  # source -> its part, as DataConfig.mix
     format: str = "auto",  # as DataConfig.format
     config: CleanConfig | None = None,
     seed: int = 42,  # the run's seed
@@ -148,14 +147,6 @@ def replay_rows(
                         "Add texts or lower the share.")
     return out
 
-# %% ../../nbs/01b_data.mix.ipynb #a254c356
-@dataclass
-class DataPhaseConfig(DataConfig):
-    "All of [data]: where the records come from, and how they are mixed and split; shares are of the rows."
-    test: float = 0.0  # share of the rows that chooses nothing and is evaluated at the end; 0: no such side
-    max_unit: float = 0.1  # a chain of near copies of more than this share of the rows is cut, 0 < share <= 1
-    mix: dict[str, float] | None = None  # in place of source: {source: ratio, …}, such as {"a.jsonl": 7, "b.jsonl": 2}
-
 # %% ../../nbs/01b_data.mix.ipynb #230c0a9e
 def _limited(records: list[dict], limit: int | None, seed: int) -> tuple[list[dict], list[dict]]:
     "At most `limit` records, and the others as rejected rows."
@@ -169,10 +160,10 @@ def _summary(result: dict) -> str:
     sides = ", ".join(f"{result[name]} {name} ({share:.1%})" for name, share in result["shares"].items())
     cut = result["near_copies_cut"]
     cut = f", {cut} rows in chains of near copies that were cut" if cut else ""
-    changed = ", ".join(f"{n} {field}" for field, n in result["changed"].items())
+    told = lambda counts: ", ".join(f"{n} {what}" for what, n in counts.items()) or "none"
     return (f"data: {sides}; {result['units']} units, the largest of {result['largest_unit']} rows, "
             f"{result['near_copies']} rows beside a near copy{cut}; {sum(result['rejected'].values())} rejected; "
-            f"texts changed by cleaning: {changed or 'none'}")
+            f"changed by cleaning: {told(result['changed'])}; private data left: {told(result['private_left'])}")
 
 # %% ../../nbs/01b_data.mix.ipynb #1c8ed400
 def data_phase(
@@ -183,7 +174,8 @@ def data_phase(
     config, seed = settings.build("data"), settings.build("run").seed
     if config.limit is not None and config.limit < 1:
         raise DataError(f"data.limit = {config.limit}: write a number from 1 on, or none")
-    domains, rejected, changed = read_clean(list(config.mix or [config.source]), config.format, settings.build("clean"))
+    sources = list(config.mix or [config.source])
+    domains, rejected, cleaned = read_clean(sources, config.format, settings.build("clean"), config.max_rejected)
     read = sum(map(len, domains.values())) + len(rejected)
     if config.mix: records, over = mix_domains(domains, config.mix, seed, limit=config.limit)
     else: records, over = _limited(domains[config.source], config.limit, seed)
@@ -192,7 +184,7 @@ def data_phase(
     for name, rows in dict(split.sides, rejected=rejected + over).items(): write_jsonl(folder / f"{name}.jsonl", rows)
     if not config.test: (folder / "test.jsonl").unlink(missing_ok=True)  # of other settings
     result = dict(source=config.mix or config.source, read=read, **{k: len(v) for k, v in split.sides.items()},
-                  rejected=dict(Counter(r["reason"] for r in rejected + over)), **split.facts(), changed=changed,
-                  first=split.sides["train"][0])
+                  rejected=dict(Counter(r["reason"] for r in rejected + over)), **split.facts(), **cleaned,
+                  extra_columns=extra_columns(records), first=split.sides["train"][0])
     print(_summary(result), flush=True)
     return result
