@@ -724,6 +724,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'deepseek_cookbook/data/split.py'),
                                               'deepseek_cookbook.data.split.near_pairs': ( 'data.split.html#near_pairs',
                                                                                            'deepseek_cookbook/data/split.py'),
+                                              'deepseek_cookbook.data.split.numbers_key': ( 'data.split.html#numbers_key',
+                                                                                            'deepseek_cookbook/data/split.py'),
                                               'deepseek_cookbook.data.split.question_of': ( 'data.split.html#question_of',
                                                                                             'deepseek_cookbook/data/split.py'),
                                               'deepseek_cookbook.data.split.script_of': ( 'data.split.html#script_of',

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from deepseek_cookbook.data.duplicates import numbers_key, shingles, signatures
+from deepseek_cookbook.data.duplicates import shingles, signatures
 from deepseek_cookbook.data.filters import pieces
 from deepseek_cookbook.data.formats import DataError, chatterbot_records
 from deepseek_cookbook.data.split import (
@@ -21,6 +21,7 @@ from deepseek_cookbook.data.split import (
     asked_text,
     compare_sides,
     near_pairs,
+    numbers_key,
     question_of,
     script_of,
     split_records,

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/01c_data.tokens.ipynb #e9139edc
-from .convert import ROLES
+from .turns import ROLES
 from .formats import to_messages
 
 # %% ../../nbs/01c_data.tokens.ipynb #a3d60f23
