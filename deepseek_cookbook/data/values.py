@@ -226,7 +226,7 @@ def _is_list(head: str) -> bool:
 def iter_json(f, limit: int) -> Iterator[tuple]:
     "The values of a JSON file of any shape."
     line = _skip_blanks(f)
-    head = f.peek(BUFFER).decode("utf-8", "ignore")
+    head = f.peek(BUFFER).decode("utf-8", "replace")
     if head.startswith("[") and _is_list(head): yield from _values(f, limit, f.read(1).decode()[1:], line, "]")
     elif found := WRAPPER.match(head):
         f.read(len(found[0].encode()))
