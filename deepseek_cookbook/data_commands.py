@@ -113,8 +113,9 @@ def data_convert(source: Source, target: Target,
                 if row.faults: bad.write(json.dumps(row.rejected(), ensure_ascii=False) + "\n")
                 else: write(row.record)
             tally.stop_if_bad(max_rejected)
-        if not quiet: console.print(f"{tally.kept:,} rows as {to}: {target}", f"{tally.rejected:,} rejected: {rejected}",
-                                    sep="\n", markup=False)
+        if quiet: return
+        console.print(f"{tally.kept:,} rows as {to}: {target}", f"{tally.rejected:,} rejected: {rejected}", sep="\n",
+                      markup=False)
 
 # %% ../nbs/11b_data_commands.ipynb #f8d4e048
 def write_sides(folder: str, sides: dict[str, list[dict]], quiet: bool):
@@ -169,8 +170,7 @@ def read_ratios(parts: list[str]) -> dict[str, float]:  # source -> ratio
 @data.command("augment")
 def data_augment(source: Source, target: Target,
                  method: Annotated[list[str] | None, typer.Option(help="such as synonym (may be repeated)")] = None,
-                 field: Annotated[list[str] | None, typer.Option(help="instruction, input or history; default: the part "
-                                                                 "that varies")] = None,
+                 field: Annotated[list[str] | None, typer.Option(help="instruction, input, history; else what varies")] = None,
                  only_new: Annotated[bool, typer.Option(help="leave the old rows out")] = False,
                  format: Format = "auto", max_rejected: MaxRejected = 0.05, seed: Seed = 42, quiet: Quiet = False,
                  debug: Debug = False):
@@ -220,6 +220,7 @@ def data_show(source: Source, page: Annotated[str, typer.Argument(help="the page
             for row in progress(iter_rows(source, format), "show", quiet):
                 if row.faults: bad.append(row.rejected())
                 else: yield row.line, row.record
-        found = overview(kept(), (row for _, row, _ in iter_lines(rejected) if row) if rejected else (), limit, seed, late=bad)
+        given = (row for _, row, _ in iter_lines(rejected) if row) if rejected else ()
+        found = overview(kept(), given, limit, seed, late=bad)
         with atomic_write(page) as file: file.write(show_page(found, f"Rows of {source}"))
         if not quiet: console.print(f"Page: {page}", markup=False)

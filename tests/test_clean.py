@@ -22,14 +22,13 @@ from deepseek_cookbook import settings as settings_module
 from deepseek_cookbook.cli import app
 from deepseek_cookbook.data import clean as clean_module
 from deepseek_cookbook.data import filters
+from deepseek_cookbook.data.benchmark import Benchmark, evaluation_texts
 from deepseek_cookbook.data.clean import CleanConfig, clean, clean_records
 from deepseek_cookbook.data.duplicates import (
-    Benchmark,
     KeyTable,
     NearIndex,
     SignatureStore,
     Tokens,
-    evaluation_texts,
     exact_key,
     jaccard,
     minhash,

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deepseek_cookbook.cli import app
-from deepseek_cookbook.data_commands import read_ratios
 from deepseek_cookbook.data.formats import DataError, read_records
+from deepseek_cookbook.data_commands import read_ratios
 
 TREES = [dict(instruction="Name a tree.", input="", output="An ash."), dict(instruction="Name a fish.", input="", output="A pike.")]
 

@@ -32,7 +32,7 @@ class DataConfig:
     source: str = "chatterbot:english"  # chatterbot:<language>[/<topic>], a path, a pattern, hub:…
     format: str = "auto"  # of its rows: auto, or a key of FORMATS
     max_rejected: float = 0.05  # share of the rows that may be faulty, 0 to 1; above it reading stops
-    mix: dict[str, float] | None = None  # in place of source: {source: ratio, …}, such as {"a.jsonl": 7, "b.jsonl": 2}
+    mix: dict[str, float] | None = None  # in place of source: {source: ratio}, such as {"a.jsonl": 7, "b.jsonl": 2}
     validation: float = 0.12  # share of the rows that chooses the checkpoint, 0 < share < 1
     test: float = 0.0  # share of the rows that chooses nothing and is evaluated at the end; 0: no such side
     max_unit: float = 0.1  # a chain of near copies of more than this share of the rows is cut, 0 < share <= 1
@@ -288,13 +288,14 @@ class Tally:
         "Raises `DataError` where too many rows are faulty, nothing is kept, or the rest of a file was not read."
         kept, faulty, unread = self.kept, self.faulty, self.reasons["unread"]
         if kept and faulty <= most * (kept + faulty) and not unread: return
-        if not (kept or self.reasons): raise DataError(f"{self.source}: no records in the file. Write one JSON object a line.")
+        if not (kept or self.reasons):
+            raise DataError(f"{self.source}: no records in the file. Write one JSON object a line.")
         why = ("a file could not be read to its end" if unread else "nothing is kept" if not kept
                else f"above data.max_rejected = {most}")
         counts = ", ".join(f"{reason} {n}" for reason, n in self.reasons.most_common() if n)
         more = [f"… and {self.rejected - len(self.told())} more"] if self.rejected > len(self.told()) else []
-        raise DataError("\n".join([f"{self.source}: {self.rejected} of {kept + self.rejected} rows rejected ({counts}): "
-                                   f"{why}", *self.told(), *more]))
+        found = f"{self.rejected} of {kept + self.rejected} rows rejected ({counts}): {why}"
+        raise DataError("\n".join([f"{self.source}: {found}", *self.told(), *more]))
 
 def _told(row: dict, fault: str) -> str:
     "A fault with its place, once."
