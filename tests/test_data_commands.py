@@ -1,4 +1,4 @@
-"""`deepseek-cookbook data`: each command on files as people send them, exit codes, and nothing left behind after an error."""
+"""`deepseek-cookbook data`: each command on files as people send them, exit codes, nothing left after an error."""
 
 import csv
 import gzip
@@ -11,7 +11,10 @@ from deepseek_cookbook.cli import app
 from deepseek_cookbook.data.formats import DataError, read_records
 from deepseek_cookbook.data_commands import read_ratios
 
-TREES = [dict(instruction="Name a tree.", input="", output="An ash."), dict(instruction="Name a fish.", input="", output="A pike.")]
+TREES = [
+    dict(instruction="Name a tree.", input="", output="An ash."),
+    dict(instruction="Name a fish.", input="", output="A pike."),
+]
 
 
 def run(*words):
@@ -25,7 +28,8 @@ def rejected(folder):
 
 
 def many(n):
-    return [dict(question=f"第{i}个问题是什么？", answer=f"答案是{'甲乙丙丁戊己庚辛'[i % 8]}{i}。", page=i) for i in range(n)]
+    names = "甲乙丙丁戊己庚辛"
+    return [dict(question=f"第{i}个问题是什么？", answer=f"答案是{names[i % 8]}{i}。", page=i) for i in range(n)]
 
 
 def in_shape(folder, kind, rows):
@@ -105,7 +109,8 @@ def test_check_tells_place_and_counts(tmp_path):
 
 
 def test_private_data_is_counted_and_masked_on_demand(tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps(dict(instruction="Your mail?", output="Write to li@example.com, please.")))
+    row = dict(instruction="Your mail?", output="Write to li@example.com, please.")
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
     shown = run("clean", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert "li@example.com" in (tmp_path / "out.jsonl").read_text() and "left: EMAIL" in shown.stdout
     run("clean", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--mask", "all", "-q")
@@ -114,7 +119,8 @@ def test_private_data_is_counted_and_masked_on_demand(tmp_path):
 
 def test_mix_keeps_its_ratio(tmp_path):
     for name, n in dict(a=70, b=20).items():
-        rows = [dict(prompt=f"{name} asks {i * 7919 % 997} {'xyzuvw'[i % 6]}?", completion=f"{name} {i}") for i in range(n)]
+        asked = [f"{name} asks {i * 7919 % 997} {'xyzuvw'[i % 6]}?" for i in range(n)]
+        rows = [dict(prompt=q, completion=f"{name} {i}") for i, q in enumerate(asked)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = [f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"]
     assert run("mix", tmp_path / "mix.jsonl", *words, "-q").exit_code == 0
@@ -140,8 +146,8 @@ def test_augment_adds_rows_and_keeps_the_old_ones(tmp_path):
 
 
 def test_a_page_with_what_was_rejected(tmp_path):
-    same = dict(instruction="Which trees grow in the park by the old mill?", input="", history=[],
-                output="An ash, an elm, an oak, a lime, a beech, a birch, a poplar, a willow, a maple, a pine and a fir.")
+    trees = "An ash, an elm, an oak, a lime, a beech, a birch, a poplar, a willow, a maple, a pine and a fir."
+    same = dict(instruction="Which trees grow in the park by the old mill?", input="", history=[], output=trees)
     rows = [same, same | dict(output=same["output"].replace("and a fir", "and a  fir!"))]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run("clean", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-q")

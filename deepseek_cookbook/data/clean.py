@@ -282,7 +282,8 @@ class Rows:
             else: rows[i].reason, rows[i].detail = "near_copy", f"line {self.kept[n]}"
 
 # %% ../../nbs/01a_data.clean.ipynb #eda3e4a5
-FILTERS = ("duplicate_id", "exact_copy", "near_copy", "short_answer", "language", "low_information", "contaminated")
+FILTERS = ("duplicate_id", "exact_copy", "near_copy", "garbled", "short_answer", "language", "low_information",
+           "contaminated")
 
 @dataclass
 class CleanReport:
