@@ -395,4 +395,8 @@ def test_the_phase_tells_what_cleaning_changed(tmp_path):
     rows.append(record("哪里？", "a​b"))  # a character without width
     write_jsonl(tmp_path / "rows.jsonl", rows)
     result, _ = run_data(tmp_path, f"data.source={tmp_path / 'rows.jsonl'}", "clean.near=0")
-    assert result["changed"] == {"output": 1}
+    assert result["changed"] == {"characters": 1} and result["private_left"] == {}
+    rows[-1]["output"] = "Call 010-62345678"
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    result, _ = run_data(tmp_path, f"data.source={tmp_path / 'rows.jsonl'}", "clean.near=0")
+    assert result["changed"] == {} and result["private_left"] == {"PHONE": 1}
