@@ -170,7 +170,7 @@ def read_ratios(parts: list[str]) -> dict[str, float]:  # source -> ratio
 @data.command("augment")
 def data_augment(source: Source, target: Target,
                  method: Annotated[list[str] | None, typer.Option(help="such as synonym (may be repeated)")] = None,
-                 field: Annotated[list[str] | None, typer.Option(help="instruction, input, history; else what varies")] = None,
+                 field: Annotated[list[str] | None, typer.Option(help="to rewrite; else what varies")] = None,
                  only_new: Annotated[bool, typer.Option(help="leave the old rows out")] = False,
                  format: Format = "auto", max_rejected: MaxRejected = 0.05, seed: Seed = 42, quiet: Quiet = False,
                  debug: Debug = False):

@@ -391,6 +391,7 @@ def _size_of(source) -> int:
     "Bytes of the files that are here, for the bar."
     return sum(os.path.getsize(file) for file in source_files(source) if os.path.isfile(file))
 
+# %% ../../nbs/01a_data.clean.ipynb #4d495ccd
 def clean(
     source,  # a path, a pattern, hub:…, or a list of these
     target: str | Path,  # where the kept rows go, as records; rejected.jsonl comes to stand beside it
