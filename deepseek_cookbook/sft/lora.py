@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 # %% ../../nbs/03_sft.lora.ipynb #381f41dd
 from ..data.formats import chatterbot_records, corpus_folder
-from ..data.split import asked_text, question_of
 from ..data.tokens import encode_records, packed_batch
 from ..evaluate.metrics import EvaluateConfig, answer_nll, wilson
 from ..models import load_tokenizer, locate, precision
@@ -270,10 +269,10 @@ def topic_records(
     topics = {}
     for file in sorted(corpus_folder(language).glob("*.yml")):
         for r in chatterbot_records(language, file.stem)[0]:
-            topics.setdefault(question_of(r), {})[file.stem] = r
-    alone = [r | dict(output=topic) for of in topics.values() if len(of) == 1 for topic, r in of.items()]
-    counts = Counter(r["output"] for r in alone)
-    return [r for r in alone if counts[r["output"]] >= least]
+            topics.setdefault(" ".join(r["instruction"].casefold().split()), {})[file.stem] = r["instruction"]
+    alone = [(question, topic) for of in topics.values() if len(of) == 1 for topic, question in of.items()]
+    counts = Counter(topic for _, topic in alone)
+    return [dict(instruction=q, input="", output=t, history=[]) for q, t in alone if counts[t] >= least]
 
 # %% ../../nbs/03_sft.lora.ipynb #f434f0a8
 def load_classifier(
@@ -293,7 +292,7 @@ def load_classifier(
 # %% ../../nbs/03_sft.lora.ipynb #5c7fe0c0
 def class_batches(
     tokenizer,
-    records: list[dict],  # the question with its history and input, and a class as output
+    records: list[dict],  # instruction and input are read; a class as output
     classes: list[str],
     size: int = 16,
     epochs: int = 1,
@@ -304,7 +303,8 @@ def class_batches(
     for _ in range(epochs):
         rows = records if seed is None else chance.sample(records, len(records))
         for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-            text = tokenizer([asked_text(r) for r in part], return_tensors="pt", padding=True)
+            asked = ["\n".join(filter(None, (r["instruction"], r.get("input")))) for r in part]
+            text = tokenizer(asked, return_tensors="pt", padding=True)
             labels = torch.tensor([classes.index(r["output"]) for r in part])
             out.append(dict(input_ids=text["input_ids"], attention_mask=text["attention_mask"], labels=labels))
     return out
