@@ -12,7 +12,7 @@ _PUBLIC = {
     "load_model": "models",
     "load_tokenizer": "models",
     "read_records": "data.formats",
-    "to_messages": "data.formats",
+    "to_messages": "data.records",
     "clean": "data.clean",
     "clean_records": "data.clean",
     "CleanConfig": "data.clean",
