@@ -21,7 +21,7 @@ SECTIONS = {
     "model": "deepseek_cookbook.settings:ModelConfig",
     "data": "deepseek_cookbook.data.formats:DataConfig",
     "clean": "deepseek_cookbook.data.clean:CleanConfig",
-    "augment": "deepseek_cookbook.augment.gate:AugmentConfig",
+    "augment": "deepseek_cookbook.augment.records:RecordsConfig",
     "lora": "peft:LoraConfig",
     "sft": "trl:SFTConfig",
     "train": "deepseek_cookbook.sft.train:TrainConfig",

@@ -12,8 +12,11 @@ from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/11a_train_rl.ipynb #d3608739
-from .data.convert import check_chat, preference_row
-from .data.formats import FIELDS, OPTIONAL, DataError, check_record, iter_lines
+from .data.convert import QUESTION, preference_row
+from .data.formats import DataError, check_record
+from .data.records import FIELDS, OPTIONAL
+from .data.sources import iter_values
+from .data.turns import check_chat
 from .settings import Settings, load_settings, nearest, write_json
 from .threads import choose_threads
 
@@ -88,32 +91,42 @@ def prompt_of(
 ) -> tuple[dict, list[str]]:  # the row with its question as a prompt, and the faults
     "A line as a row to learn from."
     if not isinstance(row, dict): return {}, [f"record: found {type(row).__name__}, write an object with a prompt"]
+    row = {k: v for k, v in row.items() if v is not None}
     if "chosen" in row and "rejected" in row:
-        pair, faults = preference_row({k: row[k] for k in ("prompt", "chosen", "rejected", "system") if k in row})
+        asked = (*QUESTION, "input", "history", "chosen", "rejected", "system")
+        pair, faults = preference_row({k: row[k] for k in asked if k in row})
         return row | (pair or {}), faults
     if isinstance(row.get("prompt"), str):
         return row, [] if row["prompt"].strip() else ["prompt: blank, write a text"]
-    if "prompt" in row:
-        asked = row["prompt"]
-        if isinstance(asked, list): asked = [*asked, dict(role="assistant", content="-")]
-        messages, faults = check_chat(asked, "prompt")
-        return row | dict(prompt=messages[:-1]), faults
-    if "instruction" in row:
+    if "instruction" in row and "prompt" not in row:
         known = {k: row[k] for k in (*FIELDS, *OPTIONAL) if k in row}
         return row, check_record({"input": "", "history": []} | known | {"output": "-"})
-    return {}, [f"record: found the fields {', '.join(row) or 'none'}, write a prompt, or an instruction"]
+    if not (field := next((k for k in ("prompt", "messages", "conversations", "question", "query") if k in row), None)):
+        return {}, [f"record: found the fields {', '.join(row) or 'none'}, write a prompt, or an instruction"]
+    return _asked(row, field)
+
+def _asked(row: dict, field: str) -> tuple[dict, list[str]]:
+    "A row whose question is in `field`, with it as a prompt; an answer at its end is called `reference`."
+    turns = row[field]
+    if isinstance(turns, str): turns = [dict(role="user", content=turns)]
+    messages, faults = check_chat(turns, field)
+    answer = {} if faults else {"reference": messages[-1]["content"]}
+    if faults and isinstance(turns, list):
+        messages, faults = check_chat([*turns, dict(role="assistant", content="-")], field)
+    rest = {k: v for k, v in row.items() if k not in ("messages", "conversations")}
+    return answer | rest | dict(prompt=messages[:-1]), faults
 
 # %% ../nbs/11a_train_rl.ipynb #47adb237
 def read_prompts(
-    path: str | Path,  # JSON Lines
+    path,  # a source of any kind: JSON Lines, a list, CSV, Parquet, a pattern, hub:…
     show: int = 20,  # faults listed in the error; all are counted
 ) -> list[dict]:  # each with `prompt`, and columns for the reward
     "The prompts of a file; raises `DataError` with every fault."
     from deepseek_cookbook.ppo.rollout import prompt_rows
     rows, faults = [], []
-    for number, row, wrong in iter_lines(path):
+    for file, number, row, wrong in iter_values(path):
         if not wrong: row, wrong = prompt_of(row)
-        faults += [f"{path}:{number}:{w}" for w in wrong]
+        faults += [f"{file}:{number}:{w}" for w in wrong]
         rows.append(row)
     if faults:
         more = [f"… and {len(faults) - show} more"] * (len(faults) > show)

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from deepseek_cookbook.data.dialogue import (
     grow,
     iob_faults,
+    label_faults,
     read_iob,
     read_nodes,
     span_faults,
     spans_to_tags,
+    surface_tags,
     tags_to_spans,
     threads,
     tree_records,
@@ -138,7 +140,7 @@ def test_a_broken_line_is_a_rejected_row(tmp_path):
     file = tmp_path / "tree.jsonl"
     file.write_bytes(b'{"id": 1, "role": "user", "content": "a"}\n{"id"\n\xff\n')
     told = [(r["line"], r["reason"]) for r in tree_records(file)[1]]
-    assert told == [(2, "malformed"), (3, "malformed"), (1, "no_answer")]
+    assert told == [(2, "not_json"), (3, "not_utf8"), (1, "no_answer")]
 
 
 # ---------------------------------------------------------------- tags
@@ -263,3 +265,90 @@ def test_a_span_that_cannot_be(name):
 def test_spans_that_overlap():
     told = span_faults("0123456789", [dict(start=4, end=6), dict(start=0, end=5), dict(start=6, end=7)])
     assert len(told) == 1 and told[0].startswith("spans[0]") and "ends at 5" in told[0]
+
+
+# ---------------------------------------------------------------- the same words, another tag
+
+
+def tagged(text, *names, line=1, split=list):
+    tokens = split(text)
+    tags = ["O"] * len(tokens)
+    for name, label in names:
+        own = split(name)
+        at = next(i for i in range(len(tokens)) if tokens[i : i + len(own)] == own)
+        tags[at : at + len(own)] = [f"B-{label}"] + [f"I-{label}"] * (len(own) - 1)
+    return dict(line=line, tokens=tokens, tags=tags)
+
+
+@pytest.mark.parametrize(
+    "split, name, frame, other",
+    [(list, "招商银行", "我在{}开户", "LOC"), (str.split, "Acme Bank", "i went to {} today", "PER")],
+)
+def test_a_slip_against_the_majority_is_a_fault_with_its_line(split, name, frame, other):
+    rows = [tagged(frame.format(name), (name, "ORG"), line=100 * i, split=split) for i in range(1, 9)]
+    rows.append(tagged(frame.format(name), line=900, split=split))
+    rows.append(tagged(frame.format(name), (name, other), line=1000, split=split))
+    at = len(split(frame.split("{}")[0]))
+    faults, warnings = label_faults(rows)
+    assert [(f["surface"], f["label"], f["line"]) for f in faults] == [(name, "O", 900 + at), (name, other, 1000 + at)]
+    assert faults[0]["counts"] == {"ORG": 8, "O": 1, other: 1} and warnings == []
+    assert faults[0]["detail"].startswith(f"{900 + at}:tag: ") and "ORG in 8 of 10 places" in faults[0]["detail"]
+    assert label_faults(rows, majority=0.9)[0] == [] and len(label_faults(rows, majority=0.9)[1]) == 1
+    assert label_faults(rows, least=11)[0] == []
+    assert label_faults(rows[:8]) == ([], [])
+
+
+def test_a_name_tagged_once_among_plain_words_is_the_slip():
+    rows = [tagged("please may i go", line=10 * i, split=str.split) for i in range(9)]
+    rows.append(tagged("ask may now", ("may", "PER"), line=500, split=str.split))
+    faults, _ = label_faults(rows)
+    assert [(f["label"], f["line"]) for f in faults] == [("PER", 501)]
+
+
+def test_places_that_are_no_contradiction():
+    pytest.importorskip("jieba")
+    rows = [tagged("我爱中国", ("中国", "LOC")) for _ in range(5)]
+    rows += [tagged("中国银行好", ("中国银行", "ORG"))]  # inside a longer entity
+    assert label_faults(rows) == ([], [])
+    bank = [tagged("这行很好", ("行", "ORG")) for _ in range(5)]
+    assert label_faults(bank + [tagged("发行债券"), tagged("银行开门")]) == ([], [])  # inside a word
+    ann = [tagged("call Ann", ("Ann", "PER")) for _ in range(5)]
+    assert label_faults(ann + [tagged("an Annual day")]) == ([], [])  # character by character
+    assert len(label_faults(ann + [tagged("an Ann day")])[0]) == 1
+
+
+def test_an_ambiguous_surface_is_one_warning():
+    labels = enumerate(["PER", "LOC"] * 4, 1)
+    rows = [tagged("jordan won", ("jordan", label), line=i * 10, split=str.split) for i, label in labels]
+    faults, [warning] = label_faults(rows)
+    assert faults == [] and warning["counts"] == {"PER": 4, "LOC": 4}
+    assert "PER 4 times (line 10, 30, 50)" in warning["detail"] and "LOC 4 times (line 20, 40, 60)" in warning["detail"]
+    with pytest.raises(DataError, match="majority"):
+        label_faults(rows, majority=0.5)
+
+
+@examples(deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["a", "bb", "cc"]).flatmap(
+    lambda w: st.tuples(st.just(w), st.sampled_from(["O", "B-X", "B-Y", "I"]))), max_size=8), max_size=5))  # fmt: skip
+def test_every_place_is_counted_once(drawn):
+    "Against an oracle that looks at each window of each sentence."
+    rows = []
+    for cells in drawn:
+        tags, before = [], "O"
+        for _, tag in cells:
+            tag = (f"I-{before[2:]}" if before != "O" else "O") if tag == "I" else tag
+            tags.append(tag)
+            before = tag
+        rows.append(dict(line=1, tokens=[w * 2 for w, _ in cells], tags=tags))
+    spans = [tags_to_spans(r["tags"]) for r in rows]
+    surfaces = {tuple(r["tokens"][a:b]) for r, own in zip(rows, spans, strict=True) for a, b, _ in own}
+    expected = {s: Counter() for s in surfaces}
+    for r, own in zip(rows, spans, strict=True):
+        for a in range(len(r["tokens"])):
+            for b in range(a + 1, len(r["tokens"]) + 1):
+                window = tuple(r["tokens"][a:b])
+                if window not in surfaces: continue
+                label = next((x for i, j, x in own if (i, j) == (a, b)), None)
+                if label or all(t == "O" for t in r["tags"][a:b]): expected[window][label or "O"] += 1
+    found = {s: Counter(label for label, _ in tags) for s, tags in surface_tags(rows).items()}
+    assert found == expected

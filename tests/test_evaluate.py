@@ -297,3 +297,15 @@ def test_wilson_is_that_of_scipy():
     for hits, n in ((3, 2), (-1, 4), (1, 0)):
         with pytest.raises(EvaluateError, match="hits"):
             wilson(hits, n)
+
+
+def test_the_test_side_is_evaluated_where_there_is_one(tmp_path, monkeypatch):
+    from deepseek_cookbook.evaluate import metrics
+
+    settings, run = load_settings("tiny", ["evaluate.quiet=true"]), RunFolder(tmp_path)
+    monkeypatch.setattr(metrics, "load_model", lambda **kw: None)
+    monkeypatch.setattr(metrics, "compare", lambda model, tokenizer, records, config: dict(records=records))
+    for side in ("validation", "test"):
+        run.phase("data").joinpath(f"{side}.jsonl").write_text(json.dumps(ask(side, "b")) + "\n")
+        result = evaluate_phase(settings, run)
+        assert result["side"] == side == result["records"][0]["instruction"]

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from deepseek_cookbook.data import convert
+from deepseek_cookbook.data import turns
 from deepseek_cookbook.data.convert import FORMATS, detect, from_chat, preference_row, to_chat
 from deepseek_cookbook.data.formats import (
+    WRITTEN,
     DataError,
     check_record,
     from_messages,
@@ -31,7 +32,6 @@ from deepseek_cookbook.data.formats import (
 in_folder = examples(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 text = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)
 said = text.filter(str.strip)
-WRITTEN = [name for name in FORMATS if name != "preference"]
 
 
 def record(instruction="问？", output="答。", input="", history=(), **more):
@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_a_list(tmp_path):
 
 @pytest.mark.parametrize(
     "content, hint",
-    [(gzip.compress(b"{}", mtime=0), "gunzip"), (b"PK\x03\x04rest", "Excel"), (b"PAR1rest", "Parquet"),
+    [(gzip.compress(b"{}" * 999, mtime=0)[:-9], "broken"), (b"PK\x03\x04rest", "Excel"), (b"PAR1rest", "Parquet"),
      ('{"a": "招"}'.encode("utf-16"), "UTF-16"), (b"\xfe\xff\x00{", "UTF-16")],
 )  # fmt: skip
 @pytest.mark.parametrize("read", [read_records, load_records, read_preferences, lambda p: list(iter_lines(p))])
@@ -172,12 +172,12 @@ def test_values_longer_than_a_chunk(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     assert [row for _, row, _ in iter_array(tmp_path / "x.json")] == rows
     *_, (_, row, faults) = iter_array(tmp_path / "x.json", limit=100_000)
-    assert row is None and "the rest was not read" in faults[0]
+    assert isinstance(row, str) and "the rest was not read" in faults[0]
 
 
 def test_a_broken_list_tells_what_was_read_before(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([record()] * 2, ensure_ascii=False)[:-1] + ', {"instru')
-    with pytest.raises(DataError, match="1 fault\n.*x.json:1:list: .*mend it"):
+    with pytest.raises(DataError, match="1 of 3 rows .*read to its end\n.*x.json:1:list: .*mend it"):
         load_records(str(tmp_path / "x.json"))
 
 
@@ -226,10 +226,10 @@ FAULTS = {
     "an answer first": ("sharegpt", {"conversations": CHAT[1:]}, "conversations[0]: found assistant where user is due"),
     "two questions": ("messages", {"messages": CHAT[:1] * 2}, "messages[1]: found user where assistant is due"),
     "system in between": ("messages", {"messages": [*CHAT, {"role": "system", "content": "x"}]}, "[2]: found system"),
-    "a tool": ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: found 'tool'"),
+    "a tool": ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0]: found tool where user is"),
     "a tool call": ("messages", {"messages": [*CHAT[:1], CHAT[1] | {"tool_calls": [1]}]}, "messages[1].tool_calls"),
     "a weight": ("messages", {"messages": [*CHAT[:1], CHAT[1] | {"weight": 0}]}, "messages[1].weight"),
-    "tools": ("messages", {"messages": CHAT, "tools": []}, "tools: four fields can't hold it"),
+    "a picture": ("messages", {"messages": CHAT, "images": ["a.png"]}, "images: no record can hold it"),
     "a slip": ("alpaca", {"instruction": "a", "output": "b", "inptu": "c"}, "inptu: unknown field. Did you mean"),
     "no text": ("messages", {"messages": [{"role": "user", "content": None}]}, "messages[0].content: found NoneType"),
     "a blank answer": ("prompt", {"prompt": "a", "completion": " "}, "prompt+completion[1]: blank"),
@@ -252,17 +252,20 @@ def test_what_cannot_be_kept_is_named(name):
 
 def test_notes_beside_the_data_may_stay():
     row, faults = to_record({"messages": CHAT, "source": "forum", "score": 3}, "messages")
-    assert faults == [] and row == record()
+    assert faults == [] and row == record(extra={"source": "forum", "score": 3})
 
 
-def test_all_six_are_read_without_a_name(tmp_path):
+def test_all_are_read_without_a_name(tmp_path):
     rows = dict(
         records=record(), alpaca={"instruction": "问？", "output": "答。", "input": None}, messages={"messages": CHAT},
         sharegpt={"conversations": [{"from": "human", "value": "问？"}, {"from": "gpt", "value": "答。"}]},
         prompt={"prompt": "问？", "completion": "答。"},
         preference={"prompt": "问？", "chosen": "答。", "rejected": "不。"},
+        question={"query": "问？", "response": "答。"}, firefly={"input": "问？", "target": "答。"},
+        moss={"plain_text": "[Human]: 问？<eoh> [MOSS]: 答。<eoa>"},
+        text={"text": "### Human: 问？### Assistant: 答。"},
     )  # fmt: skip
-    assert [*rows] == [*FORMATS]
+    assert {*rows} == {*FORMATS} - {"tree"}
     for name, row in rows.items():
         (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
         assert load_records(str(tmp_path / name)) == ([record()], []), name
@@ -271,7 +274,7 @@ def test_all_six_are_read_without_a_name(tmp_path):
 BOTH = {"messages": [], "prompt": "", "completion": ""}
 
 
-@pytest.mark.parametrize("row, hint", [({"question": 1}, "no format has them"), (BOTH, "messages or prompt, set data")])
+@pytest.mark.parametrize("row, hint", [({"title": 1}, "no format has them"), (BOTH, "messages or prompt, set data")])
 def test_an_unclear_format_is_not_guessed(tmp_path, row, hint):
     (tmp_path / "x.jsonl").write_text("7\n" + json.dumps(row))
     with pytest.raises(DataError, match=f"x.jsonl:2:record: format unclear.*{hint}"):
@@ -343,4 +346,4 @@ def test_nothing_unsound_is_written(tmp_path):
 
 
 def test_roles_have_one_meaning():
-    assert set(convert.ROLES.values()) == {"system", "user", "assistant"}
+    assert set(turns.ROLES.values()) == {"system", "user", "assistant", "tool"}

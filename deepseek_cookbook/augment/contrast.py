@@ -59,7 +59,8 @@ _BEFORE = re.compile(r"(不|没有|未|非|未能|并不|不是|\bnot|\bnever|n'
 def _words(words: tuple[str, ...], keep: tuple[str, ...] = ()) -> re.Pattern:
     "A pattern for words, group 1; `keep` is swallowed without a group. Longest first."
     def alternatives(ws):
-        edge = lambda w: rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w)
+        letter = r"[^\W\u3400-\u9fff]"  # a Chinese neighbour is no part of an English word
+        edge = lambda w: rf"(?<!{letter}){re.escape(w)}(?!{letter})" if w.isascii() else re.escape(w)
         return "|".join(edge(w) for w in sorted(ws, key=len, reverse=True))
     kept = f"(?:{alternatives(keep)})|" if keep else ""
     return re.compile(f"{kept}({alternatives(words)})", re.IGNORECASE)
@@ -132,17 +133,19 @@ def _pronoun(word: str, after: str) -> str:
 
 def swap_text(
     text: str,
-    kind: str,  # gender | region | age
+    kind: str,  # gender | region | age, or a name of your own with `pairs`
+    pairs: tuple[tuple[str, str], ...] | None = None,  # your own table, such as (("储蓄卡", "信用卡"),)
+    keep: tuple[str, ...] = (),  # compounds that are left alone, such as 信用卡号
 ) -> str:  # equal to `text` where there is nothing to swap
     "Swap every word of a kind, names and pronouns included."
-    if kind not in SWAPS: raise ContrastError(f"kind {kind!r}: choose one of {', '.join(SWAPS)}")
-    table, also = SWAPS[kind], ("him", "her", "his", "hers") if kind == "gender" else ()
+    table = _table_of(kind, pairs)
+    also = ("him", "her", "his", "hers") if kind == "gender" and pairs is None else ()
     def other(m: re.Match) -> str:
         if not m[1]: return m[0]
         word = m[1].lower()
         return _like(_pronoun(word, text[m.end():]) if word in also else table[word], m[1])
-    out = _words((*table, *also), _KEEP).sub(other, text)
-    return _AGE.sub(_other_age, out) if kind == "age" else out
+    out = _words((*table, *also), (*keep, *(_KEEP if pairs is None else ()))).sub(other, text)
+    return _AGE.sub(_other_age, out) if kind == "age" and pairs is None else out
 
 # %% ../../nbs/02b_augment.contrast.ipynb #2bd400ac
 SWAPS = dict(gender=_both_ways(GENDER), region=_both_ways(REGION), age=_both_ways(AGE))
@@ -152,16 +155,31 @@ def _other_age(m: re.Match) -> str:
     age = int(m[1])
     return str(age + 40 if 18 <= age < 38 else age - 40 if 58 <= age < 78 else age)
 
+def _table_of(kind: str, pairs) -> dict[str, str]:
+    "The words of a kind, lower case, with what stands for each."
+    if pairs is None and kind in SWAPS: return SWAPS[kind]
+    if not pairs: raise ContrastError(f"kind {kind!r}: choose one of {', '.join(SWAPS)}, or give `pairs` of your own")
+    both = lambda p: isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(w, str) and w.strip() for w in p)
+    wrong = next((p for p in pairs if not both(p) or p[0].lower() == p[1].lower()), None)
+    if wrong is not None: raise ContrastError(f"pairs of {kind!r}: found {wrong!r}, write two different words")
+    words = [w.lower() for p in pairs for w in p]
+    twice = next((w for w in words if words.count(w) > 1), None)
+    if twice: raise ContrastError(f"pairs of {kind!r}: {twice!r} stands in two pairs, so what it becomes is unclear")
+    return _both_ways([list(p) for p in pairs])
+
 # %% ../../nbs/02b_augment.contrast.ipynb #93b12d16
 def counterfactual(
-    kind: str,  # gender | region | age
+    kind: str,  # gender | region | age, or a name of your own with `pairs`
+    pairs: tuple[tuple[str, str], ...] | None = None,  # your own table, see swap_text
+    keep: tuple[str, ...] = (),  # compounds that are left alone
 ) -> Callable[[dict], tuple[dict | None, str | None]]:  # a method for make_pairs
     "A method that swaps a kind and keeps the label; its only reason is no_trigger."
-    if kind not in SWAPS: raise ContrastError(f"kind {kind!r}: choose one of {', '.join(SWAPS)}")
+    table = _table_of(kind, pairs)
+    digits = kind == "age" and pairs is None or any(c.isdigit() for word in table for c in word)
     def method(row: dict):
-        new = swap_text(row["text"], kind)
+        new = swap_text(row["text"], kind, pairs, keep)
         if new == row["text"]: return None, "no_trigger"
-        return linked(row, kind, new, row["label"], ("digits", "meaning") if kind == "age" else ("meaning",)), None
+        return linked(row, kind, new, row["label"], ("digits", "meaning") if digits else ("meaning",)), None
     return method
 
 # %% ../../nbs/02b_augment.contrast.ipynb #85749459

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEGATIONS', 'NUMBER_WORDS', 'Edit', 'SYNONYMS', 'NOISE_CAP', 'METHODS', 'AugmentError', 'pieces', 'kept', 'rewrite',
            'table_synonyms', 'wordnet_synonyms', 'cilin_synonyms', 'replace_synonyms', 'add_noise', 'edit_words',
-           'fill_template', 'record_id', 'augment']
+           'sandbox', 'fill_template', 'record_id', 'augment']
 
 # %% ../../nbs/02_augment.rewrite.ipynb #79e2cbdd
 import hashlib, json, random, re
@@ -267,15 +267,23 @@ METHODS = {
 }
 
 # %% ../../nbs/02_augment.rewrite.ipynb #1422a28e
+@lru_cache(1)
+def sandbox():
+    "The environment in which templates run."
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+
+@lru_cache(256)
+def _compiled(template: str): return sandbox().from_string(template)
+
 def fill_template(
     template: str,  # Jinja text, such as "How do I {{ action }}?"
     **values,  # what goes in the places
 ) -> str:
     "Fill one template."
-    from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    env = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    try: return env.from_string(template).render(**values)
+    from jinja2 import TemplateError
+    try: return _compiled(template).render(**values)
     except (TemplateError, TypeError, ValueError, ArithmeticError, OverflowError, RecursionError) as e:
         raise AugmentError(f"template {template[:60]!r}: {type(e).__name__}: {e}. Correct the template or its values, "
                            f"which are {sorted(values)}.") from None

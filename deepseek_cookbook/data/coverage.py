@@ -16,7 +16,7 @@ import numpy as np
 
 # %% ../../nbs/01h_data.coverage.ipynb #3003497b
 from .formats import DataError
-from .mix import script_of
+from .split import question_of, script_of
 from ..settings import atomic_write, write_json
 
 # %% ../../nbs/01h_data.coverage.ipynb #1f947ae6
@@ -139,7 +139,7 @@ def _side(rows: list[dict]) -> dict:
     "What one side of a split is like."
     sizes = sorted(len(r["output"]) for r in rows)
     at = lambda q: sizes[min(int(q * len(sizes)), len(sizes) - 1)] if sizes else 0
-    return dict(records=len(rows), questions=len({r["instruction"] for r in rows}),
+    return dict(records=len(rows), questions=len(set(map(question_of, rows))),
                 with_history=sum(bool(r["history"]) for r in rows),
                 scripts=dict(Counter(script_of(r["output"]) for r in rows).most_common()),
                 answer_characters={"min": at(0), "median": at(0.5), "95 %": at(0.95), "max": at(1), "sum": sum(sizes)},
@@ -157,7 +157,7 @@ def dataset_card(
     "What a data set is, in numbers."
     for key, value in dict(name=name, licence=licence, source=source).items():
         if not value.strip(): raise DataError(f"card: {key} is blank. Write it: nobody else knows it.")
-    asked = Counter(q for rows in splits.values() for q in {r["instruction"] for r in rows})
+    asked = Counter(q for rows in splits.values() for q in set(map(question_of, rows)))
     return dict(name=name, licence=licence, source=source, splits={k: _side(rows) for k, rows in splits.items()},
                 questions_on_several_sides=sum(n > 1 for n in asked.values()),
                 rejected=dict(rejected or {}), coverage=list(covered or []))

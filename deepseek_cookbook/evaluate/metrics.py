@@ -191,9 +191,11 @@ def compare(
 # %% ../../nbs/07_evaluate.metrics.ipynb #1e6b6fc0
 def evaluate_phase(
     settings: Settings,
-    run: RunFolder,  # with data/validation.jsonl and sft/adapter
+    run: RunFolder,  # with data/validation.jsonl, perhaps data/test.jsonl, and sft/adapter
 ) -> dict:
-    "The evaluation phase: the base model and the SFT adapter on the held-out records."
-    records = read_jsonl(run.phase("data") / "validation.jsonl")
+    "The evaluation phase: the base model and the SFT adapter on the test side, or else on the validation side."
+    side = "test" if (run.phase("data") / "test.jsonl").is_file() else "validation"
+    records = read_jsonl(run.phase("data") / f"{side}.jsonl")
     model = load_model(**settings["model"], adapter=run.phase("sft") / "adapter")
-    return compare(model, load_tokenizer(settings["model"]["name"]), records, settings.build("evaluate"))
+    tokenizer = load_tokenizer(settings["model"]["name"])
+    return dict(side=side) | compare(model, tokenizer, records, settings.build("evaluate"))

@@ -292,7 +292,7 @@ def load_classifier(
 # %% ../../nbs/03_sft.lora.ipynb #5c7fe0c0
 def class_batches(
     tokenizer,
-    records: list[dict],  # instruction and output are read
+    records: list[dict],  # instruction and input are read; a class as output
     classes: list[str],
     size: int = 16,
     epochs: int = 1,
@@ -303,7 +303,8 @@ def class_batches(
     for _ in range(epochs):
         rows = records if seed is None else chance.sample(records, len(records))
         for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-            text = tokenizer([r["instruction"] for r in part], return_tensors="pt", padding=True)
+            asked = ["\n".join(filter(None, (r["instruction"], r.get("input")))) for r in part]
+            text = tokenizer(asked, return_tensors="pt", padding=True)
             labels = torch.tensor([classes.index(r["output"]) for r in part])
             out.append(dict(input_ids=text["input_ids"], attention_mask=text["attention_mask"], labels=labels))
     return out

@@ -2,7 +2,7 @@
 
     python scripts/bench/make_rows.py rows.jsonl --rows 1000000 [--seed 42] [--json FILE]
 
-Of a hundred rows about: 8 exact copies, 6 near copies (one or two words replaced), 5 short answers, 5 with invisible
+Of a hundred rows about: 8 exact copies, 6 near copies (a word replaced), 5 short answers, 5 with invisible
 characters, 5 with private data, 1 decoded wrongly, 1 line that is no record. The others differ from each other by their
 words. Copies are of any row before, near or far. What was planted goes to the standard output as JSON, or to --json.
 """
@@ -47,10 +47,10 @@ def plain(rng: random.Random) -> tuple[bool, list[str], list[str]]:
 
 
 def near(rng: random.Random, row):
-    "The row with a word or two of the answer replaced."
+    "The row with a word of the answer replaced, two in a long one."
     chinese, ask, answer = row
     answer = list(answer)
-    for i in rng.sample(range(len(answer)), 1 if len(answer) < 30 else 2):
+    for i in rng.sample(range(len(answer)), 1 if len(answer) < 45 else 2):
         answer[i] = words(rng, chinese, 1)[0]
     return chinese, ask, answer
 
@@ -70,6 +70,8 @@ def lines(rows: int, seed: int, planted: Counter):
             kind = "plain"
         planted[kind] += 1
         row = rng.choice(recent) if kind in ("exact_copy", "near_copy") else plain(rng)
+        while kind == "near_copy" and len(row[2]) < 24:  # in a short answer another word is another answer
+            row = plain(rng) if all(len(r[2]) < 24 for r in recent) else rng.choice(recent)
         if kind == "near_copy":
             row = near(rng, row)
         chinese, ask, answer = row
