@@ -7,7 +7,7 @@ __all__ = ['LIMIT', 'regex_reward', 'think_reward', 'json_reward', 'final_answer
            'answer_reward', 'scored_reward']
 
 # %% ../../nbs/04c_reward.verify.ipynb #457b0378
-import ast, inspect, json, random, re
+import ast, inspect, json, random, re, unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -118,6 +118,7 @@ _UNIT = re.compile(r"(?<=[\d%)}])(?:\s*[\u4e00-\u9fff]{1,8}|\s+[A-Za-z]{2,12}|\s
 def plain_answer(text: str) -> str:
     "An answer without its dress."
     text = normalize(text[:400], "nfkc").strip("* \t\r\n").rstrip("* .。,")
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
     for old, new in _PLAIN.items(): text = text.replace(old, new)
     text = re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", text.strip())
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
