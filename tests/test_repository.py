@@ -196,3 +196,16 @@ def test_docs_workflow_pins_quarto(root):
     steps = [step for job in workflows(root)["docs.yml"]["jobs"].values() for step in job["steps"]]
     quarto = next(step for step in steps if "quarto-actions/setup" in step.get("uses", ""))
     assert re.fullmatch(r"\d+\.\d+\.\d+", str(quarto["with"]["version"]))
+
+
+@pytest.mark.parametrize("link, target", [
+    ("deepseek_cookbook/settings.ini", "settings.ini"), ("nbs/_quarto.yml", "_quarto.yml"),
+])  # fmt: skip
+def test_what_two_places_read_is_one_file(root, link, target):
+    "A copy would drift from its original as soon as one of them is edited."
+    assert (root / link).is_symlink() and (root / link).resolve() == root / target
+
+
+def test_every_notebook_is_in_the_sidebar(root):
+    sidebar = (root / "_quarto.yml").read_text(encoding="utf-8")
+    assert [p.name for p in sorted((root / "nbs").glob("*.ipynb")) if p.name not in sidebar] == []
