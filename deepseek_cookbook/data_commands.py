@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data', 'Source', 'Target', 'Format', 'MaxRejected', 'Seed', 'Quiet', 'counts_table', 'progress', 'data_check',
-           'clean_table', 'data_clean', 'data_convert', 'write_sides', 'data_split', 'data_mix', 'read_ratios',
+           'clean_table', 'data_clean', 'data_convert', 'write_all', 'data_split', 'data_mix', 'read_ratios',
            'data_augment', 'data_card', 'data_show']
 
 # %% ../nbs/11b_data_commands.ipynb #6ecedcea
@@ -104,9 +104,11 @@ def data_convert(source: Source, target: Target,
     "Write the rows of a source in another format."
     if not debug: quiet_libraries()
     with clear_errors(debug):
+        from deepseek_cookbook.data.clean import check_paths
         from deepseek_cookbook.data.formats import Tally, iter_rows, record_writer
         from deepseek_cookbook.settings import atomic_write
         tally, rejected = Tally(source), Path(target).parent / "rejected.jsonl"
+        check_paths(source, output=target, rejected=rejected)
         with record_writer(target, to) as write, atomic_write(rejected) as bad:
             for row in progress(iter_rows(source, format), "convert", quiet):
                 tally.add(row)
@@ -118,12 +120,12 @@ def data_convert(source: Source, target: Target,
                       markup=False)
 
 # %% ../nbs/11b_data_commands.ipynb #f8d4e048
-def write_sides(folder: str, sides: dict[str, list[dict]], quiet: bool):
-    "A file for each side, all in one folder."
+def write_all(files: dict[Path, list[dict]], quiet: bool):
+    "Records into files, rejected rows as they are; `.json` is a list."
+    from deepseek_cookbook.data.formats import write_records
     from deepseek_cookbook.settings import write_jsonl
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, rows in sides.items(): write_jsonl(Path(folder) / f"{name}.jsonl", rows)
-    if not quiet: console.print(counts_table(folder, [(k, len(v)) for k, v in sides.items()]))
+    for path, rows in files.items(): (write_jsonl if path.name == "rejected.jsonl" else write_records)(path, rows)
+    if not quiet: console.print(counts_table("", [(path.name, len(rows)) for path, rows in files.items()]))
 
 @data.command("split")
 def data_split(source: Source, folder: Annotated[str, typer.Argument(help="gets train.jsonl, validation.jsonl, …")],
@@ -134,11 +136,15 @@ def data_split(source: Source, folder: Annotated[str, typer.Argument(help="gets 
     "Split by what is asked; near copies stay on one side."
     if not debug: quiet_libraries()
     with clear_errors(debug):
+        from deepseek_cookbook.data.clean import check_paths
         from deepseek_cookbook.data.formats import load_records
         from deepseek_cookbook.data.split import near_pairs, split_sides
-        records, rejected = load_records(source, format, max_rejected)
         shares = dict(validation=validation) | (dict(test=test) if test else {})
-        write_sides(folder, split_sides(records, shares, seed, near=near_pairs).sides | dict(rejected=rejected), quiet)
+        files = {side: Path(folder) / f"{side}.jsonl" for side in ("train", *shares, "rejected")}
+        check_paths(source, **files)
+        records, rejected = load_records(source, format, max_rejected)
+        sides = split_sides(records, shares, seed, near=near_pairs).sides | dict(rejected=rejected)
+        write_all({files[side]: rows for side, rows in sides.items()}, quiet)
 
 @data.command("mix")
 def data_mix(target: Target, parts: Annotated[list[str], typer.Argument(help="source=ratio, such as a.jsonl=7")],
@@ -148,9 +154,12 @@ def data_mix(target: Target, parts: Annotated[list[str], typer.Argument(help="so
     "Mix sources by ratio; what is over goes to rejected.jsonl."
     if not debug: quiet_libraries()
     with clear_errors(debug):
+        from deepseek_cookbook.data.clean import check_paths
         from deepseek_cookbook.data.mix import mix_sources
-        records, rejected = mix_sources(read_ratios(parts), format, seed=seed, strategy=strategy, limit=limit)
-        write_sides(str(Path(target).parent), {Path(target).stem: records, "rejected": rejected}, quiet)
+        ratios, bad = read_ratios(parts), Path(target).parent / "rejected.jsonl"
+        check_paths(list(ratios), output=target, rejected=bad)
+        records, rejected = mix_sources(ratios, format, seed=seed, strategy=strategy, limit=limit)
+        write_all({Path(target): records, bad: rejected}, quiet)
 
 # %% ../nbs/11b_data_commands.ipynb #16b5e91c
 def read_ratios(parts: list[str]) -> dict[str, float]:  # source -> ratio
@@ -178,12 +187,14 @@ def data_augment(source: Source, target: Target,
     if not debug: quiet_libraries()
     with clear_errors(debug):
         from deepseek_cookbook.augment.records import RecordsConfig, augment_records
+        from deepseek_cookbook.data.clean import check_paths
         from deepseek_cookbook.data.formats import load_records
+        bad = Path(target).parent / "rejected.jsonl"
+        check_paths(source, output=target, rejected=bad)
         records, rejected = load_records(source, format, max_rejected)
         chosen = dict(methods=method) if method else {}
         made, refused = augment_records(records, RecordsConfig(**chosen, fields=field or ["auto"]), seed)
-        rows = made if only_new else records + made
-        write_sides(str(Path(target).parent), {Path(target).stem: rows, "rejected": rejected + refused}, quiet)
+        write_all({Path(target): made if only_new else records + made, bad: rejected + refused}, quiet)
 
 # %% ../nbs/11b_data_commands.ipynb #0900c87c
 @data.command("card")
@@ -196,10 +207,11 @@ def data_card(folder: Annotated[str, typer.Argument(help="with train.jsonl and o
     with clear_errors(debug):
         from deepseek_cookbook.data.coverage import dataset_card, write_card
         from deepseek_cookbook.data.formats import DataError, read_records
+        from deepseek_cookbook.settings import read_jsonl
         files = [f for f in sorted(Path(folder).glob("*.jsonl")) if f.stem != "rejected" and f.stat().st_size]
         if not files: raise DataError(f"{folder}: no sides there. Write them with: deepseek-cookbook data split")
         bad = Path(folder) / "rejected.jsonl"
-        reasons = Counter(json.loads(line)["reason"] for line in bad.open(encoding="utf-8")) if bad.is_file() else {}
+        reasons = Counter(row["reason"] for row in read_jsonl(bad)) if bad.is_file() else {}
         card = dataset_card(name, licence, source, {f.stem: read_records(f) for f in files}, dict(reasons))
         console.print(f"Card: {write_card(folder, card)}", markup=False)
 

@@ -153,3 +153,26 @@ def test_a_page_with_what_was_rejected(tmp_path):
     run("clean", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "-q")
     words = ["show", tmp_path / "in.jsonl", tmp_path / "rows.html", "--rejected", tmp_path / "rejected.jsonl", "-q"]
     assert run(*words).exit_code == 0 and '"pair"' in (tmp_path / "rows.html").read_text()
+
+
+@pytest.mark.parametrize("words", [
+    ["clean", "train.jsonl", "train.jsonl"], ["convert", "train.jsonl", "train.jsonl"], ["split", "train.jsonl", "."],
+    ["augment", "train.jsonl", "./train.jsonl"], ["mix", "train.jsonl", "train.jsonl=1"],
+    ["convert", "t*.jsonl", "train.jsonl"], ["convert", "train.jsonl", "rejected.jsonl"],
+])  # fmt: skip
+def test_no_command_writes_over_what_it_reads(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, many(12))))
+    before = (tmp_path / "train.jsonl").read_bytes()
+    result = run(*words, "-q")
+    assert result.exit_code == 1 and "Choose another name" in result.stderr
+    assert (tmp_path / "train.jsonl").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_the_target_has_the_name_that_was_given(tmp_path):
+    rows = [dict(instruction=f"How do I {w} my card today?", output=w) for w in "cancel close open buy get".split()]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run("augment", tmp_path / "in.jsonl", tmp_path / "more.json", "--method", "noise", "-q").exit_code == 0
+    assert [r["output"] for r in json.loads((tmp_path / "more.json").read_text())][:5] == [r["output"] for r in rows]
+    assert run("mix", tmp_path / "all.data", f"{tmp_path}/in.jsonl=1", "-q").exit_code == 0
+    assert len((tmp_path / "all.data").read_text().splitlines()) == 5

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'TABLE', 'CleanConfig', 'Seen', 'Tools', 'inspect_line', 'make_tools', 'Batch', 'inspect_batch', 'Rows',
-           'CleanReport', 'rejected_row', 'clean', 'clean_records']
+           'CleanReport', 'rejected_row', 'check_paths', 'clean', 'clean_records']
 
 # %% ../../nbs/01a_data.clean.ipynb #5c63e4a4
 import base64, hashlib, json, math, os, random, re, time
@@ -346,20 +346,22 @@ def rejected_row(seen: Seen) -> dict:
     try: return row | dict(line=seen.line.decode("utf-8"))
     except UnicodeDecodeError: return row | dict(line_base64=base64.b64encode(seen.line).decode())
 
-def _check_paths(source: str | Path, target: str | Path, report: str | Path | None) -> Path:
-    "The path of rejected.jsonl; a `DataError` where one file would overwrite another."
-    if any("\0" in str(path) for path in (source, target, report)):
-        raise DataError("clean: a path holds a null character. Write it without.")
-    rejected = Path(target).parent / "rejected.jsonl"
-    files = dict(input=source, output=target, rejected=rejected) | ({"report": report} if report else {})
-    for name, path in list(files.items())[1:]:
+def check_paths(
+    source,  # a path, a pattern, hub:…, or a list of these: files that are read
+    **targets: str | Path | None,  # name -> path of what will be written
+):
+    "Raises `DataError` where one file would overwrite another, or can't be written under its name."
+    targets = {name: path for name, path in targets.items() if path}
+    if any("\0" in str(path) for path in (source, *targets.values())):
+        raise DataError("a path holds a null character. Write it without.")
+    files = [("input", file) for file in source_files(source)] + list(targets.items())
+    for name, path in targets.items():
         if Path(path).is_dir(): raise DataError(f"{path}: a folder. Give the path of a file ({name}).")
         if Path(path).suffix == ".gz":
             raise DataError(f"{path}: would be written uncompressed. Choose a name without .gz ({name}).")
-    for (name, path), (other, p) in combinations(files.items(), 2):
-        if os.path.realpath(p) == os.path.realpath(path):
+    for (name, path), (other, p) in combinations(files, 2):
+        if name != other and os.path.realpath(p) == os.path.realpath(path):
             raise DataError(f"{path}: is both {name} and {other}. Choose another name or folder.")
-    return rejected
 
 # %% ../../nbs/01a_data.clean.ipynb #6893971f
 TABLE = re.compile(r"\.(csv|tsv|txt|parquet)(\.gz|\.zst)?$", re.IGNORECASE)
@@ -403,7 +405,8 @@ def clean(
     "Clean a file of any size, row by row; raises `DataError` or `WriteError` and then leaves no output."
     from tqdm.auto import tqdm
     config, start = config or CleanConfig(), time.perf_counter()
-    rejected = _check_paths(source, target, report)
+    rejected = Path(target).parent / "rejected.jsonl"
+    check_paths(source, output=target, rejected=rejected, report=report)
     rows, lines = Rows(config), _rows_of(source, config, format)
     again = _rows_of(source, config, format) if config.low_information else ()
     tools = make_tools(config, (line for _, line, faults in again if not faults))
