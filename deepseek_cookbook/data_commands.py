@@ -217,22 +217,18 @@ def data_card(folder: Annotated[str, typer.Argument(help="with train.jsonl and o
 
 @data.command("show")
 def data_show(source: Source, page: Annotated[str, typer.Argument(help="the page, such as rows.html")],
-              rejected: Annotated[str | None, typer.Option(help="a rejected.jsonl to show beside it")] = None,
+              rejected: Annotated[str | None, typer.Option(help="rejected.jsonl of the cleaning of this source")] = None,
               limit: Annotated[int, typer.Option(min=1, help="rows of each reason on the page")] = 1000,
               format: Format = "auto", seed: Seed = 42, quiet: Quiet = False, debug: Debug = False):
     "Write a page of rows for the browser: reasons, near copies side by side, lengths, search."
     if not debug: quiet_libraries()
     with clear_errors(debug):
+        from deepseek_cookbook.data.clean import check_paths
         from deepseek_cookbook.data.formats import iter_rows
         from deepseek_cookbook.data.show import overview, show_page
-        from deepseek_cookbook.data.values import iter_lines
-        from deepseek_cookbook.settings import atomic_write
-        bad = []
-        def kept():
-            for row in progress(iter_rows(source, format), "show", quiet):
-                if row.faults: bad.append(row.rejected())
-                else: yield row.line, row.record
-        given = (row for _, row, _ in iter_lines(rejected) if row) if rejected else ()
-        found = overview(kept(), given, limit, seed, late=bad)
+        from deepseek_cookbook.settings import atomic_write, read_jsonl
+        check_paths([source, rejected] if rejected else source, page=page)
+        rows = progress(iter_rows(source, format), "show", quiet)
+        found = overview(rows, read_jsonl(rejected) if rejected else (), limit, seed)
         with atomic_write(page) as file: file.write(show_page(found, f"Rows of {source}"))
         if not quiet: console.print(f"Page: {page}", markup=False)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_cookbook.data.formats import DataError, Row
 from deepseek_cookbook.data.show import Overview, overview, show_page, shown_turns, side_by_side
 
 
@@ -19,6 +20,10 @@ def test_the_pieces_are_the_texts(a, b):
     assert "".join(x for _, x, _ in pieces) == a and "".join(y for _, _, y in pieces) == b
     assert all((x == y) for same, x, y in pieces if same)
     assert all(x != y for same, x, y in pieces if not same)
+
+
+def rows_of(*records):
+    return [Row("a.jsonl", n, r, r, []) for n, r in enumerate(records, 1)]
 
 
 def test_a_sample_is_fair_and_counts_are_whole():
@@ -41,11 +46,22 @@ def test_what_is_no_record_is_still_shown():
 
 
 def test_a_copy_stands_beside_its_original():
-    kept = [(1, record("Name a fish.", "A pike.")), (2, record("鱼叫什么？", "是鲤鱼。"))]
-    bad = [dict(reason="near_copy", detail="line 2", number=3, row=record("鱼叫什么？", "是鲫鱼。"))]
-    found = overview(kept, bad)
+    copy = record("鱼叫什么？", "是鲫鱼。")
+    rows = rows_of(record("Name a fish.", "A pike."), record("鱼叫什么？", "是鲤鱼。"), copy)
+    bad = [dict(reason="near_copy", detail="line 2", number=3, line=json.dumps(copy, ensure_ascii=False))]
+    found = overview(rows, bad)
+    assert found.counts == dict(kept=2, near_copy=1)
     assert [p for p in found.sample["near_copy"][0]["pair"] if not p[0]] == [[False, "鲤", "鲫"]]
     assert found.scripts == dict(latin=1, han=1)
+
+
+def test_what_was_rejected_elsewhere_is_refused():
+    "And rows that a data phase rejected have no line: they are shown, and paired with nothing."
+    rows = rows_of(record("A?", "B"), record("C?", "D"))
+    with pytest.raises(DataError, match="a.jsonl:2: another row"):
+        overview(rows, [dict(reason="near_copy", detail="line 1", number=2, line=json.dumps(record("E?", "F")))])
+    found = overview(rows, [dict(reason="near_copy", detail="line 1", row=record("E?", "F"))])
+    assert found.counts == dict(kept=2, near_copy=1) and "pair" not in found.sample["near_copy"][0]
 
 
 EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="document.title=1">'
@@ -53,8 +69,10 @@ EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="do
 
 def test_the_page_in_a_browser(tmp_path, chromium):
     sync_api = pytest.importorskip("playwright.sync_api")
-    kept = [(i, record(f"Question {i}?", f"Answer {i}.")) for i in range(1, 121)] + [(121, record("Evil?", EVIL))]
-    bad = [dict(reason="near_copy", detail="line 7", number=130, row=record("Question 7?", "Answer  7!"))]
+    copy = record("Question 7?", "Answer  7!")
+    asked = [record(f"Question {i}?", f"Answer {i}.") for i in range(1, 121)]
+    kept = rows_of(*asked, record("Evil?", EVIL), copy)
+    bad = [dict(reason="near_copy", detail="line 7", number=122, line=json.dumps(copy))]
     page = tmp_path / "rows.html"
     page.write_text(show_page(overview(kept, bad), "Rows & <more>"), encoding="utf-8")
     with sync_api.sync_playwright() as playwright:
@@ -83,6 +101,6 @@ def test_the_page_in_a_browser(tmp_path, chromium):
 
 
 def test_the_data_can_be_read_back():
-    page = show_page(overview([(1, record("A?", "<b>"))]))
+    page = show_page(overview(rows_of(record("A?", "<b>"))))
     data = page.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data)[0]["turns"] == [["user", "A?"], ["assistant", "<b>"]]

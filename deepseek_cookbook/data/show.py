@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 # %% ../../nbs/01n_data.show.ipynb #a22be5bd
-from .formats import to_messages
-from .mix import script_of
+from .formats import DataError, Row, to_messages
+from .split import script_of
 
 # %% ../../nbs/01n_data.show.ipynb #221be7b2
 @dataclass
@@ -78,42 +78,60 @@ def side_by_side(
 
 # %% ../../nbs/01n_data.show.ipynb #a266260b
 def overview(
-    kept: Iterable[tuple[int, dict]],  # line, record
-    rejected: Iterable[dict] = (),  # {"reason", "detail", "number" or "line", "row"}
+    rows: Iterable[Row],  # as `iter_rows` reads them
+    rejected: Iterable[dict] = (),  # of the same source: {"reason", "detail", "row"}, or with "number" and "line"
     limit: int = 1000,
     seed: int = 42,
-    late: list[dict] = (),  # more rejected rows, filled while `kept` is read
 ) -> Overview:
     "Count and sample rows."
-    found, wanted = Overview(limit, seed), {}
-    for bad in rejected: found.add(bad.get("reason", "rejected"), bad)
-    for bad in (b for reason, rows in found.sample.items() if reason.endswith("_copy") for b in rows):
-        if (line := _line_of(bad)) is not None: wanted[line] = None
-    for number, record in kept:
-        if number in wanted: wanted[number] = record
-        found.scripts[script_of(record["output"])] += 1
-        found.lengths[len(record["output"]).bit_length()] += 1
-        found.add("kept", dict(number=number, row=record))
-    for bad in late: found.add(bad.get("reason", "rejected"), bad)
-    for reason, rows in found.sample.items():
-        shown = [_shown(reason, r, wanted.get(_line_of(r))) for r in rows]
+    found, gone, wanted = Overview(limit, seed), {}, {}
+    for bad in rejected:
+        if "number" in bad: gone[bad["number"]] = _key(bad.get("line"))
+        found.add(bad.get("reason", "rejected"), bad)
+    for bad in (b for sample in found.sample.values() for b in sample): wanted[_line_of(bad)] = None
+    for row in rows:
+        if row.line in wanted: wanted[row.line] = row.record
+        if row.line in gone: _check_same(row, gone[row.line])
+        elif row.faults: found.add(row.rejected()["reason"], row.rejected())
+        else:
+            found.scripts[script_of(row.record["output"])] += 1
+            found.lengths[len(row.record["output"]).bit_length()] += 1
+            found.add("kept", dict(number=row.line, row=row.record))
+    for reason, sample in found.sample.items():
+        shown = [_shown(reason, bad, wanted.get(_line_of(bad))) for bad in sample]
         found.sample[reason] = sorted(shown, key=lambda r: (r["n"] is None, r["n"]))
     return found
 
+# %% ../../nbs/01n_data.show.ipynb #6dbae300
+def _parsed(text):
+    "The JSON in a text, or the text."
+    try: return json.loads(text) if isinstance(text, str) else text
+    except ValueError: return text
+
+def _key(value) -> int | None:
+    "A hash of an object, however it is written; None for what is none."
+    value = _parsed(value)
+    return hash(json.dumps(value, sort_keys=True)) if isinstance(value, dict) else None
+
+def _check_same(row: Row, key: int | None):
+    "Raises `DataError` if another row stands where a rejected one was."
+    keys = [k for k in (_key(row.value), _key(row.record)) if k]
+    if key and keys and key not in keys:
+        raise DataError(f"{row.file}:{row.line}: another row than the one that was rejected there. Give the file that was "
+                        "cleaned, and the rejected.jsonl of that cleaning.")
+
 def _line_of(bad: dict) -> int | None:
-    "The line that a copy's detail names."
-    words = str(bad.get("detail", "")).split()
-    return int(words[1]) if len(words) > 1 and words[0] == "line" and words[1].isdigit() else None
+    "The line of the source that the detail of a copy names."
+    found = re.fullmatch(r"line (\d+)", str(bad.get("detail"))) if "number" in bad else None
+    return int(found[1]) if found else None
 
 def _shown(reason: str, bad: dict, like: dict | None) -> dict:
+    "A rejected row, as cleaning or the reader wrote it down, or a kept one."
     number, line = bad.get("number"), bad.get("line")
     if number is None and isinstance(line, int): number = line
-    row = bad.get("row", line if isinstance(line, str) else None)
-    if isinstance(row, str):
-        try: row = json.loads(row)
-        except ValueError: pass
     detail = bad.get("detail", "")
-    return shown_row(row, number, reason, detail if isinstance(detail, str) else "; ".join(map(str, detail)), like)
+    detail = detail if isinstance(detail, str) else "; ".join(map(str, detail))
+    return shown_row(_parsed(bad.get("row", line)), number, reason, detail, like)
 
 # %% ../../nbs/01n_data.show.ipynb #14bca241
 def show_page(
