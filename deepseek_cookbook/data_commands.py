@@ -217,7 +217,7 @@ def data_card(folder: Annotated[str, typer.Argument(help="with train.jsonl and o
 
 @data.command("show")
 def data_show(source: Source, page: Annotated[str, typer.Argument(help="the page, such as rows.html")],
-              rejected: Annotated[str | None, typer.Option(help="rejected.jsonl of the cleaning of this source")] = None,
+              rejected: Annotated[str | None, typer.Option(help="the rejected.jsonl of its cleaning")] = None,
               limit: Annotated[int, typer.Option(min=1, help="rows of each reason on the page")] = 1000,
               format: Format = "auto", seed: Seed = 42, quiet: Quiet = False, debug: Debug = False):
     "Write a page of rows for the browser: reasons, near copies side by side, lengths, search."

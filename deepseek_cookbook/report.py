@@ -71,10 +71,11 @@ def minutes(seconds: float) -> str:
 def data_section(record: dict, **_) -> str:
     "Counts, and the reasons of rejection."
     r = record["result"]
-    rows = [("read", r["read"]), ("train", r["train"]), ("validation", r["validation"])]
-    rows += [(f"rejected: {reason.replace('_', ' ')}", n) for reason, n in r["rejected"].items()]
+    rows = [("read", r["read"]), *((side, r[side]) for side in ("train", "validation", "test") if side in r)]
+    for what in ("rejected", "changed", "private_left"):
+        rows += [(f"{what}: {name}".replace("_", " "), n) for name, n in r.get(what, {}).items()]
     return render("""<h2>Data</h2><p>Source: <code>{{ r.source }}</code>. Every row that was read is in one of the
-files; the rejected ones stand in <code>rejected.jsonl</code> with their reason. No question is on both sides of the
+files; the rejected ones stand in <code>rejected.jsonl</code> with their reason. No question is on two sides of the
 split.</p>{{ table(["rows", "number"], rows) }}""", r=r, rows=rows)
 
 # %% ../nbs/10a_report.ipynb #a13e850d
@@ -167,8 +168,10 @@ def evaluate_section(record: dict, **_) -> str:
 {%- if r.cut %}, {{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }}
 (paired bootstrap over questions).
 {%- if one %} One question has {{ one.share }} of the answer tokens, <q>{{ one.unit }}</q> ({{ one.records }} records):
-on the others, the loss fell by {{ one.without }}.{% endif %} The best checkpoint was chosen on these same records,
-which flatters the number a little.</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
+on the others, the loss fell by {{ one.without }}.{% endif %}
+{%- if r.side == "test" %} These are the records of the test side, which chose nothing.
+{%- else %} The best checkpoint was chosen on these same records, which flatters the number a little.
+{%- endif %}</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
 <h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not
 truer: read them.</p>{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""",
                   r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high,

@@ -278,3 +278,15 @@ def test_settings_that_no_longer_build_are_told(run, settings):
     with pytest.raises(SettingsError, match=r"\[monitor\]"):
         report_html(all_records(), settings, run)
     json.dumps(all_records(), allow_nan=False)
+
+
+def test_the_report_says_which_side_was_measured_and_what_cleaning_did(run, settings):
+    "A test side chose nothing; the validation side chose the checkpoint. Neither may be told as the other."
+    records = all_records()
+    page = report_html(records, settings, run)
+    assert "chosen on these same records" in page and "which chose nothing" not in page
+    records["evaluate"]["result"] |= dict(side="test")
+    records["data"]["result"] |= dict(test=2, private_left={"PHONE": 3})
+    page = report_html(records, settings, run)
+    assert "which chose nothing" in page and "chosen on these same records" not in page
+    assert "<td>private left: PHONE</td>" in page and "<td>test</td>" in page

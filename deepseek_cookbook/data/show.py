@@ -117,8 +117,8 @@ def _check_same(row: Row, key: int | None):
     "Raises `DataError` if another row stands where a rejected one was."
     keys = [k for k in (_key(row.value), _key(row.record)) if k]
     if key and keys and key not in keys:
-        raise DataError(f"{row.file}:{row.line}: another row than the one that was rejected there. Give the file that was "
-                        "cleaned, and the rejected.jsonl of that cleaning.")
+        raise DataError(f"{row.file}:{row.line}: another row than the one that was rejected there. Give the file that "
+                        "was cleaned, and the rejected.jsonl of that cleaning.")
 
 def _line_of(bad: dict) -> int | None:
     "The line of the source that the detail of a copy names."
