@@ -1,31 +1,37 @@
 """Clean synthetic rows through the command line, and hold the near-duplicate step beside datasketch.
 
-    python scripts/bench/clean.py [--rows 1000000] [--documents 50000] [--workers 1] [--limit-gib 1.5] [--json FILE]
+    python scripts/bench/clean.py [--rows 1000000] [--documents 50000] [--workers 1] [--limit-gib 0.5] [--out FILE]
+    python scripts/bench/clean.py --documents 0 --beside FOLDER     (another checkout cleans the same file, in turn)
 
-Cleaning: `deepseek-cookbook data clean IN OUT --report report.html` in a process of its own; peak memory is the
-largest sum of resident memory over it and its workers. Near duplicates: the same documents and shingles, 128 hash
-functions, 16 bands of 8; each contender in a process of its own, one thread, CPU seconds from shingles to answers.
-Shingling, the same for both, is outside of the clock. Without datasketch (pip install datasketch) it is skipped.
-Exit code 1 where the memory is above the limit, where rows are lost, or where the ratio is below 8.
+Cleaning: `deepseek-cookbook data clean IN OUT --report report.html` on the rows of data_rows.py, in a process of its
+own; CPU seconds are those of it and its workers, peak memory is the largest sum of their resident memory. Of the
+planted copies it is counted how many were found, of the rows that say something of their own how many were lost. The
+order of the checkouts is turned round once, and the smaller CPU seconds of both rounds are taken. Near duplicates: the
+same documents and shingles; each contender in a process of its own, one thread, CPU seconds from shingles to answers.
+datasketch with 128 hash functions and 16 bands of 8. Shingling, the same for both, is outside of the clock. Without
+datasketch (pip install datasketch) it is skipped.
+Exit code 1 where the memory is above the limit, where rows are unaccounted for, or where the ratio is below 8.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
+import data_rows
 import make_rows
 from rich.console import Console
 from rich.table import Table
 
+ROOT = Path(__file__).resolve().parents[2]
 RATIO = 8
 THRESHOLD = 0.75
 
@@ -71,25 +77,51 @@ def count_lines(path: Path) -> int:
         return sum(1 for _ in f)
 
 
-def bench_clean(rows: int, workers: int, seed: int, folder: Path) -> dict:
-    "Clean `rows` synthetic rows by the command line."
-    source, target = folder / "in.jsonl", folder / "out.jsonl"
-    planted = make_rows.write(str(source), rows, seed)
+def cleaned_once(source: Path, folder: Path, workers: int, root: Path) -> dict:
+    "Clean a file by the command of a checkout."
     code = "from deepseek_cookbook.cli import app; app()"
-    command = [sys.executable, "-c", code, "data", "clean", str(source), str(target)]
-    command += ["--report", str(folder / "report.html"), "--min-answer", "3", "--workers", str(workers)]
-    done, wall, peak = measured(command)
+    command = [sys.executable, "-c", code, "data", "clean", str(source), str(folder / "out.jsonl")]
+    command += ["--report", str(folder / "report.html"), "--workers", str(workers), "--quiet"]
+    before = os.times()
+    done, wall, peak = measured(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    after = os.times()
     if done.returncode:
         raise SystemExit(f"data clean failed: {done.stderr[-2000:]}")
-    reasons = {}
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return dict(wall=wall, cpu=cpu, peak_gib=peak)
+
+
+def judged(folder: Path, kinds: list[str]) -> dict:
+    "What became of each kind of row."
+    reasons, gone = Counter(), {}
     with open(folder / "rejected.jsonl", encoding="utf-8") as f:
         for line in f:
-            reason = json.loads(line)["reason"]
-            reasons[reason] = reasons.get(reason, 0) + 1
-    kept = count_lines(target)
-    mib, speed = source.stat().st_size / 2**20, rows / wall
-    return dict(rows=rows, workers=workers, mib=mib, wall=wall, rows_per_second=speed, peak_gib=peak, kept=kept,
-                rejected=reasons, planted=planted, lost=rows - kept - sum(reasons.values()))  # fmt: skip
+            row = json.loads(line)
+            reasons[row["reason"]] += 1
+            gone[row["number"]] = row["reason"]
+    planted, rejected = Counter(kinds), Counter(kind for n, kind in enumerate(kinds, 1) if n in gone)
+    share = {kind: round(rejected[kind] / n, 5) for kind, n in sorted(planted.items())}
+    kept = count_lines(folder / "out.jsonl")
+    return dict(kept=kept, rejected=dict(reasons), planted=dict(planted), unaccounted=len(kinds) - kept - len(gone),
+                found={k: v for k, v in share.items() if k.startswith("copy:")},
+                lost={k: v for k, v in share.items() if not k.startswith("copy:")})  # fmt: skip
+
+
+def bench_clean(rows: int, workers: int, seed: int, folder: Path, roots: list[Path]) -> list[dict]:
+    "Clean the same rows by the command line of each checkout, in both orders."
+    source = folder / "in.jsonl"
+    kinds = data_rows.write(str(source), rows, seed)
+    runs = {root: [] for root in roots}
+    for order in (roots, roots[::-1]):
+        for root in order:
+            runs[root].append(cleaned_once(source, folder, workers, root) | judged(folder, kinds))
+    out = []
+    for root, both in runs.items():
+        best = min(both, key=lambda r: r["cpu"])
+        out.append(dict(checkout="this one" if root == ROOT else root.name, rows=rows, workers=workers,
+                        mib=source.stat().st_size / 2**20, rows_per_cpu_second=rows / best["cpu"],
+                        cpu_both=[round(r["cpu"], 2) for r in both], **best))  # fmt: skip
+    return out
 
 
 def documents(n: int, seed: int) -> tuple[list[list[str]], list[bool]]:
@@ -164,18 +196,24 @@ def bench_near(n: int, seed: int) -> list[dict]:
     return out
 
 
-def show(cleaned: dict, near: list[dict]):
+def show(cleaned: list[dict], near: list[dict]):
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("what", "value", title=f"data clean, {cleaned['workers']} process(es)", title_justify="left")
-    table.add_row("rows", f"{cleaned['rows']:,} ({cleaned['mib']:,.0f} MiB)")
-    table.add_row("seconds", f"{cleaned['wall']:.1f}")
-    table.add_row("rows/s", f"{cleaned['rows_per_second']:,.0f}")
-    table.add_row("peak memory", f"{cleaned['peak_gib']:.2f} GiB")
-    table.add_row("kept", f"{cleaned['kept']:,}")
-    for reason, n in sorted(cleaned["rejected"].items()):
-        table.add_row(reason, f"{n:,}")
-    table.add_row("planted", ", ".join(f"{k} {v:,}" for k, v in sorted(cleaned["planted"].items())))
+    first = cleaned[0]
+    title = f"data clean, {first['rows']:,} rows, {first['mib']:,.0f} MiB, {first['workers']} process(es)"
+    table = Table("what", *(r["checkout"] for r in cleaned), title=title, title_justify="left")
+    lines = {
+        "rows a CPU second": lambda r: f"{r['rows_per_cpu_second']:,.0f}",
+        "wall seconds": lambda r: f"{r['wall']:.1f}",
+        "peak memory, GiB": lambda r: f"{r['peak_gib']:.2f}",
+        "kept": lambda r: f"{r['kept']:,}",
+    }
+    lines |= {f"lost: {k}": lambda r, k=k: f"{r['lost'][k]:.2%}" for k in first["lost"]}
+    lines |= {f"found: {k}": lambda r, k=k: f"{r['found'][k]:.2%}" for k in first["found"]}
+    for name, value in lines.items():
+        table.add_row(name, *map(value, cleaned))
     console.print(table)
+    if not near:
+        return
     table = Table("near duplicates", "CPU s", "wall s", "peak GiB", "planted found", "false")
     for r in near:
         table.add_row(r["name"], f"{r['cpu']:.2f}", f"{r['wall']:.2f}", f"{r['peak_gib']:.2f}", f"{r['found']:.1%}",
@@ -189,23 +227,32 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=50_000)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--limit-gib", type=float, default=1.5)
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--limit-gib", type=float, default=0.5)
+    parser.add_argument("--beside", type=Path, help="root of another checkout, cleaned with in turn")
+    parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         contender(args.contender, args.documents, args.seed)
         return 0
+    roots = [ROOT] + ([args.beside.resolve()] if args.beside else [])
     with tempfile.TemporaryDirectory(prefix="clean-") as folder:
-        cleaned = bench_clean(args.rows, args.workers, args.seed, Path(folder))
-    near = bench_near(args.documents, args.seed)
+        cleaned = bench_clean(args.rows, args.workers, args.seed, Path(folder), roots)
+    near = bench_near(args.documents, args.seed) if args.documents else []
     ratio = near[1]["cpu"] / near[0]["cpu"] if len(near) > 1 else None
     show(cleaned, near)
-    print(f"datasketch / ours: {ratio:.1f}" if ratio else "datasketch isn't installed: no comparison")
-    if args.json:
-        machine = dict(processor=platform.processor() or platform.machine(), cores=os.cpu_count())
-        Path(args.json).write_text(json.dumps(dict(clean=cleaned, near=near, ratio=ratio, machine=machine), indent=1))
-    bad = cleaned["peak_gib"] > args.limit_gib or cleaned["lost"] or (ratio is not None and ratio < RATIO)
+    if near:
+        print(f"datasketch / ours: {ratio:.1f}" if ratio else "datasketch isn't installed: no comparison")
+    if args.out:
+        from deepseek_cookbook.pipeline import made_with
+        from deepseek_cookbook.settings import write_json
+
+        command = " ".join(["python", "scripts/bench/clean.py", *sys.argv[1:]])
+        if args.beside:
+            command = command.replace(str(args.beside), args.beside.name)
+        write_json(args.out, dict(command=command, clean=cleaned, near=near, ratio=ratio, made_with=made_with()))
+    mine = cleaned[0]
+    bad = mine["peak_gib"] > args.limit_gib or mine["unaccounted"] or (ratio is not None and ratio < RATIO)
     return int(bool(bad))
 
 
