@@ -811,3 +811,10 @@ def test_a_missing_package_names_the_extra(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "DataError" in done.stderr and "deepseek-cookbook[data]" in done.stderr
     assert (tmp_path / "out.jsonl").exists()
+
+
+def test_a_copy_in_memory_names_its_record():
+    "Counted from one; no line of a file is meant, since rows were put aside before they came here."
+    rows = [record("Name a fish.", "A pike lives here."), record("Name a tree.", "An ash."), record("Name a fish.", "A pike lives here.")]
+    _, gone = clean_records(rows, CleanConfig(quiet=True))
+    assert [(r["reason"], r["detail"], r["row"]) for r in gone] == [("exact_copy", "record 1", rows[2])]

@@ -439,10 +439,11 @@ def clean_records(
     config, report = config or CleanConfig(), report or CleanReport()
     lines = [json.dumps(r).encode() for r in records]
     tools, rows, seen = make_tools(config, lines), Rows(config), []
-    for batch in _inspect_all(((i, line, []) for i, line in enumerate(lines)), tools):
+    for batch in _inspect_all(((i, line, []) for i, line in enumerate(lines, 1)), tools):
         rows.compare(batch)
         seen += batch.seen
     for s in seen: report.note(s)
     report.config = asdict(config)
-    kept = [s.record for s in seen if not s.reason]
-    return kept, [dict(reason=s.reason, detail=s.detail, row=records[s.number]) for s in seen if s.reason]
+    kept, gone = [s.record for s in seen if not s.reason], [s for s in seen if s.reason]
+    where = lambda s: re.sub(r"^line (?=\d+$)", "record ", s.detail)  # of the list: there are no lines here
+    return kept, [dict(reason=s.reason, detail=where(s), row=records[s.number - 1]) for s in gone]
