@@ -459,3 +459,17 @@ def test_targets_that_fit_nothing_are_named_before_training(tmp_path, targets):
     with pytest.raises(TargetError, match=targets if targets == "nope_proj" else "lora_dropout"):
         train_sft(chosen, RECORDS, RECORDS[:4], tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_records_with_tool_calls_are_refused_before_training():
+    "The reader keeps them whole; a template that can't write a call would end in a traceback, or leave it out."
+    from deepseek_cookbook.data.records import to_record
+
+    call = dict(type="function", function=dict(name="weather", arguments='{"city": "Oslo"}'))
+    turns = [dict(role="user", content="Rain in Oslo?"), dict(role="assistant", content=None, tool_calls=[call]),
+             dict(role="tool", content="yes"), dict(role="assistant", content="It rains.")]  # fmt: skip
+    plain = dict(instruction="A?", input="", output="B.", history=[])
+    record, faults = to_record(dict(messages=turns), "messages")
+    assert not faults and record["messages"][1]["tool_calls"]
+    with pytest.raises(TrainError, match="record 2 of the train side calls tools"):
+        to_dataset([plain, record], load_tokenizer("tiny-llama"))
