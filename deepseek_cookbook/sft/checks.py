@@ -37,8 +37,8 @@ def to_dataset(
         raise TrainError(f"no records on the {side} side. Look into data/rejected.jsonl for the reasons, "
                          "or set another data.source.")
     if calls := next((i for i, r in enumerate(records, 1) if r.get("messages") or r.get("tools")), None):
-        raise TrainError(f"record {calls} of the {side} side calls tools, or names them: the templates here write none. "
-                         "Leave such rows out of data.source.")
+        raise TrainError(f"record {calls} of the {side} side calls tools, or names them; the templates here write "
+                         "none. Leave such rows out of data.source.")
     rows = [{"messages": to_messages(r)} for r in records]
     if not any(answer_tokens(tokenizer, r["messages"], max_length) for r in rows[:32]):
         raise TrainError("the chat template marks no assistant token in the first 32 records: it has no "
