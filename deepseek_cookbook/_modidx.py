@@ -666,6 +666,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'deepseek_cookbook/data/show.py'),
                                              'deepseek_cookbook.data.show._shown': ( 'data.show.html#_shown',
                                                                                      'deepseek_cookbook/data/show.py'),
+                                             'deepseek_cookbook.data.show.language_of': ( 'data.show.html#language_of',
+                                                                                          'deepseek_cookbook/data/show.py'),
                                              'deepseek_cookbook.data.show.overview': ( 'data.show.html#overview',
                                                                                        'deepseek_cookbook/data/show.py'),
                                              'deepseek_cookbook.data.show.show_page': ( 'data.show.html#show_page',

@@ -80,6 +80,7 @@ def data_clean(source: Source, target: Target,
                mask: Annotated[str, typer.Option(help="private data in: none, question or all")] = "none",
                language: Annotated[list[str] | None, typer.Option(help="keep this language (may be repeated)")] = None,
                low_information: Annotated[float, typer.Option(help="share of the answers to prune by TF-IDF")] = 0.0,
+               content: Annotated[float, typer.Option(help="share of content words an answer has at least")] = 0.0,
                evaluation: Annotated[list[str] | None, typer.Option(help="benchmark file (may be repeated)")] = None,
                workers: Annotated[int, typer.Option(help="processes")] = 1, format: Format = "auto",
                max_rejected: MaxRejected = 0.05, seed: Seed = 42, quiet: Quiet = False, debug: Debug = False):
@@ -88,8 +89,8 @@ def data_clean(source: Source, target: Target,
     with clear_errors(debug):
         from deepseek_cookbook.data.clean import CleanConfig, clean
         config = CleanConfig(min_answer=min_answer, near=near, normalize=normalize, mask=mask, quiet=quiet, seed=seed,
-                             languages=tuple(language or ()), low_information=low_information, workers=workers,
-                             evaluation=tuple(evaluation or ()))
+                             languages=tuple(language or ()), low_information=low_information, content=content,
+                             workers=workers, evaluation=tuple(evaluation or ()))
         done = clean(source, target, config, report, format, max_rejected)
         if quiet: return
         console.print(clean_table(done))

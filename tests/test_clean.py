@@ -93,6 +93,7 @@ configs = st.builds(
     near=st.sampled_from([0, 0.5, 0.75, 1]),
     normalize=st.sampled_from(["none", "width", "nfkc"]),
     low_information=st.sampled_from([0.0, 0.0, 0.2]),
+    content=st.sampled_from([0.0, 0.25]),
     max_line=st.sampled_from([100, 2**24]),
     mask=st.sampled_from(["none", "question", "all"]),
 )
@@ -263,6 +264,15 @@ def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch):
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
+def test_answers_without_content_words_go_where_it_is_asked(tmp_path):
+    answers = "it depends on what you mean by that, and so on", "嗯嗯这个那个就是这样的呀对吧", "Press the red button."
+    lines = [line(f"{i}?", said) for i, said in enumerate(answers)]
+    assert run(tmp_path, lines)[0].kept == 3
+    _, kept, rejected = run(tmp_path, lines, CleanConfig(quiet=True, content=0.25))
+    assert [row["output"] for row in kept] == [answers[2]]
+    assert reasons(rejected) == ["low_content"] * 2 and all("words carry content" in r["detail"] for r in rejected)
+
+
 def test_an_interruption_leaves_no_output(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
@@ -276,7 +286,7 @@ def test_an_interruption_leaves_no_output(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [
     dict(near=1.5), dict(near=float("nan")), dict(low_information=1), dict(workers=0), dict(normalize="nfc"),
-    dict(ngram=1), dict(seed=-1), dict(min_answer=-1), dict(max_line=0),
+    dict(ngram=1), dict(seed=-1), dict(min_answer=-1), dict(max_line=0), dict(content=1.5),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named(wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):

@@ -52,7 +52,16 @@ def test_a_copy_stands_beside_its_original():
     found = overview(rows, bad)
     assert found.counts == dict(kept=2, near_copy=1)
     assert [p for p in found.sample["near_copy"][0]["pair"] if not p[0]] == [[False, "鲤", "鲫"]]
-    assert found.scripts == dict(latin=1, han=1)
+    assert found.languages == {"short, latin letters": 1, "short, han letters": 1}
+
+
+def test_languages_are_told_apart_not_only_scripts():
+    french = record("Comment puis-je ouvrir un compte chez vous ?", "Venez avec une carte et votre dernière facture.")
+    english = record("How do I open an account with you?", "Bring a card and the last bill that you were sent.")
+    chinese = record("怎样在你们这里开一个账户？", "请带上您的身份证和最近一个月的账单来办理。")
+    found = overview(rows_of(french, english, chinese, record("x", "42")))
+    assert found.languages == dict(fr=1, en=1, zh=1) | {"short, other letters": 1}
+    assert "<td>fr" in show_page(found) or ">fr<" in show_page(found)
 
 
 def test_what_was_rejected_elsewhere_is_refused():

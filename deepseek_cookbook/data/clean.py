@@ -24,8 +24,8 @@ from fastcore.basics import patch
 # %% ../../nbs/01a_data.clean.ipynb #67244aa1
 from .benchmark import Benchmark, evaluation_texts
 from .duplicates import Compared, KeyTable, NearIndex, exact_key
-from .filters import (MAYBE, PIECE, SIGN, Idf, clean_characters, garbled, language, mask_pii,
-                                            normalize, pieces)
+from .filters import (MAYBE, PIECE, SIGN, Idf, clean_characters, content_fault, garbled,
+                                            language, mask_pii, normalize, pieces)
 from .formats import (FIELDS, LEFT_OUT, MAX_LINE, DataError, Row, check_record, iter_raw,
                                              iter_rows, parse_line)
 from .sources import source_files
@@ -43,6 +43,7 @@ class CleanConfig:
     mask: str = "none"  # none | question | all: where e-mail addresses, telephone and identity numbers are masked
     languages: tuple[str, ...] = ()  # such as ("zh", "en"); empty keeps all
     low_information: float = 0.0  # share of the answers pruned by TF-IDF, 0 <= share < 1
+    content: float = 0.0  # share of nouns, verbs, adjectives and numbers that an answer has at least; 0: not asked
     evaluation: tuple[str, ...] = ()  # files of benchmark texts
     ngram: int = 10  # pieces in a row that a benchmark and a row may not share
     max_line: int = MAX_LINE  # bytes of a line
@@ -52,8 +53,8 @@ class CleanConfig:
 
     def __post_init__(self):
         self.mask = {True: "all", False: "none"}.get(self.mask, self.mask)
-        ranges = dict(min_answer=(0, math.inf), near=(0, 1), low_information=(0, .99), ngram=(2, 100),
-                      max_line=(100, math.inf), workers=(1, 256), seed=(0, 2**64 - 1))
+        ranges = dict(min_answer=(0, math.inf), near=(0, 1), low_information=(0, .99), content=(0, 1),
+                      ngram=(2, 100), max_line=(100, math.inf), workers=(1, 256), seed=(0, 2**64 - 1))
         wrong = [f"{k} = {getattr(self, k)}: write a number from {low} to {high}" for k, (low, high) in ranges.items()
                  if not low <= getattr(self, k) <= high]
         if self.mask not in ("none", "question", "all"):
@@ -147,6 +148,7 @@ class Tools:
         "Reason and detail, or two empty texts."
         config, answer = self.config, record["output"]
         if short := self._too_short(answer): return "short_answer", short
+        if config.content and (found := content_fault(record, config.content))[0]: return found
         if not (config.languages or self.idf or self.benchmark): return "", ""
         text = "\n".join((record["instruction"], record["input"], answer))
         if config.languages and (found := language(text)) and found not in config.languages:
@@ -283,7 +285,7 @@ class Rows:
 
 # %% ../../nbs/01a_data.clean.ipynb #eda3e4a5
 FILTERS = ("duplicate_id", "exact_copy", "near_copy", "garbled", "short_answer", "language", "low_information",
-           "contaminated")
+           "low_content", "contaminated")
 
 @dataclass
 class CleanReport:
