@@ -21,7 +21,10 @@ def lines(path: Path):
 
 
 def datatrove(texts: Path, folder: Path, tuned: bool) -> list[str]:
-    "The four stages of MinHash, one task and one worker each; a task per bucket in the second, one after the other."
+    """The four stages of MinHash, one worker; the second has a task for each bucket, one after the other.
+
+    Its other step for parts of texts, exact substrings, needs a program in Rust that pip doesn't bring: left out.
+    """
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import MinhashDedupSignature
     from datatrove.pipeline.dedup.minhash import (
