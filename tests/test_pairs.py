@@ -409,8 +409,7 @@ def test_wrong_answers_are_no_right_ones():
 @pytest.mark.parametrize("profile", ["tiny", "laptop"])
 def test_pairs_of_any_seed_fit_the_reward_model(profile):
     "A toy tokenizer writes letters: the longest answer of the corpus would be above the limit, and is not drawn."
-    from deepseek_cookbook.data import desk as desk_module
-from deepseek_cookbook.data.formats import DataError, chatterbot_records
+    from deepseek_cookbook.data.formats import chatterbot_records
     from deepseek_cookbook.models import load_tokenizer
     from deepseek_cookbook.reward.model import encode
     from deepseek_cookbook.settings import load_settings
