@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_cookbook.data import desk as desk_module
 from deepseek_cookbook.data.desk import DIMENSIONS, desk_records, gold_score, load_desks, of_side
 from deepseek_cookbook.data.formats import DataError, check_record
 from deepseek_cookbook.data.split import question_of
@@ -38,7 +39,7 @@ def test_the_same_seed_draws_the_same_records():
     assert desk_records(n=30) == desk_records(n=50)[:30]
 
 
-@pytest.mark.parametrize("wrong", [dict(language="french"), dict(n=0), dict(flawed=1.5), dict(language="chinese", n=10**5)])
+@pytest.mark.parametrize("wrong", [dict(language="french"), dict(n=0), dict(flawed=1.5)])
 def test_what_cannot_be_drawn_is_refused(wrong):
     with pytest.raises(DataError, match="desk"):
         desk_records(**wrong)
@@ -48,3 +49,11 @@ def test_every_layout_but_the_right_one_breaks_the_form():
     for layout in load_desks()["form"]:
         answer = layout.replace("{i}", "card").replace("{r}", "Thank you, we block the card at once.")
         assert gold_score("I lost my card in Oslo.", answer)["form"] == 0
+
+
+def test_a_desk_with_too_few_texts_says_so(monkeypatch):
+    few = {name: [texts[2]] for name, texts in load_desks()["bank.en"]["intents"]["card"].items()}
+    desk = load_desks()["bank.en"] | dict(intents=dict(card=few), slots=dict(city=["Rome"]), polite=["Thank you, "])
+    monkeypatch.setattr(desk_module, "load_desks", lambda: {"form": ["{r}"], "bank.en": desk})
+    with pytest.raises(DataError, match="only 1 of 5"):
+        desk_records(n=5, side="all", flawed=0)
