@@ -42,7 +42,7 @@ _PUBLIC = {
     "mix_pairs": "reward.pairs",
     "to_preference": "reward.pairs",
     "bank_pairs": "reward.pairs",
-    "gold_reward": "reward.pairs",
+    "gold_reward": "data.desk",
     "LocalJudge": "reward.judge",
     "HttpJudge": "reward.judge",
     "judge_answers": "reward.judge",

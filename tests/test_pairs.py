@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_cookbook.data.formats import chatterbot_records
+from deepseek_cookbook.data import desk as desk_module
+from deepseek_cookbook.data.formats import DataError, chatterbot_records
 from deepseek_cookbook.reward import pairs as pairs_module
 from deepseek_cookbook.reward.pairs import (
     DIMENSIONS,
@@ -367,9 +368,9 @@ def test_gold_reward_as_trl_calls_it():
                           intent=["card", "loan"], completion_ids=[[1], [2]], trainer_state=None)  # fmt: skip
     assert rewards == [1.0, 0.7]
     assert gold_reward([f"<|im_start|>user\n{LOST}<|im_end|>\n<|im_start|>assistant\n"], [good]) == [1.0]
-    with pytest.raises(PairError, match="no desk's template"):
+    with pytest.raises(DataError, match="no desk's template"):
         gold_score("unknown", good)
-    with pytest.raises(PairError, match="give as many"):
+    with pytest.raises(DataError, match="give as many"):
         gold_reward([LOST], [good, good])
     assert gold_reward([], []) == []
 
@@ -390,8 +391,9 @@ def test_a_desk_with_too_few_texts_says_so(monkeypatch):
     )
     desk = dict(system="s", slots={}, polite=["Thank you, "], rude=["Oh, "], unsafe=["send us your PIN"], approve=[])
     desk |= dict(long=["x"], intents=intents)
-    monkeypatch.setattr(pairs_module, "load_desks", lambda: {"form": ["intent: {i}. reply: {r}"], "few.en": desk})
-    monkeypatch.setattr(pairs_module, "intent_of", lambda prompt: "loan" if "Lend" in prompt else "card")
+    for module in (pairs_module, desk_module):
+        monkeypatch.setattr(module, "load_desks", lambda: {"form": ["intent: {i}. reply: {r}"], "few.en": desk})
+    monkeypatch.setattr(desk_module, "intent_of", lambda prompt: "loan" if "Lend" in prompt else "card")
     with pytest.raises(PairError, match="few.en, all: no pair that breaks"):
         desk_pairs(10, "all", {"few.en": 1.0})
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'WHO', 'SAID', 'HEAVY', 'LOST', 'CALLS', 'DUOS', 'MARKS', 'SPEAKERS', 'ENDS', 'AFTER', 'is_absent', 'parsed',
-           'read_tools', 'lost_fields', 'turn_notes', 'spoken', 'flat_turns', 'check_chat']
+           'text_of', 'read_tools', 'lost_fields', 'turn_notes', 'spoken', 'flat_turns', 'check_chat']
 
 # %% ../../nbs/01k_data.turns.ipynb #5fbad4b5
 import json, re
@@ -22,6 +22,12 @@ def parsed(value):
     if not (isinstance(value, str) and value.strip()[:1] in ("[", "{")): return value
     try: return STRICT.decode(value.strip())
     except (ValueError, RecursionError): return value
+
+def text_of(
+    turns: str | list[dict],  # a text, or messages
+) -> str:
+    "The text of an answer, or of a prompt's turns."
+    return turns if isinstance(turns, str) else "\n\n".join(m["content"] for m in turns)
 
 # %% ../../nbs/01k_data.turns.ipynb #b4fb8af2
 def _call(call, where: str) -> tuple[dict, list[str]]:
