@@ -772,6 +772,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'deepseek_cookbook/data/split.py'),
                                               'deepseek_cookbook.data.split._links': ( 'data.split.html#_links',
                                                                                        'deepseek_cookbook/data/split.py'),
+                                              'deepseek_cookbook.data.split._portions': ( 'data.split.html#_portions',
+                                                                                          'deepseek_cookbook/data/split.py'),
                                               'deepseek_cookbook.data.split._rivals': ( 'data.split.html#_rivals',
                                                                                         'deepseek_cookbook/data/split.py'),
                                               'deepseek_cookbook.data.split._scipy_stats': ( 'data.split.html#_scipy_stats',

@@ -10,9 +10,8 @@ __all__ = ['SMALL', 'drop_copies', 'asked_text', 'question_of', 'numbers_key', '
 import hashlib, random, re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Callable, Iterable
 
 import numpy as np
@@ -81,11 +80,22 @@ def numbers_key(
     found = re.findall(r"\d+", text)
     return int.from_bytes(hashlib.blake2b(" ".join(found).encode(), digest_size=8).digest()) if found else 0
 
+def _portions(texts: Iterable[str], most: int = 1 << 20) -> Iterator[list[str]]:
+    "Some texts at a time, with about `most` characters in all."
+    part, weight = [], 0
+    for text in texts:
+        part.append(text)
+        weight += 100 + len(text)
+        if weight < most: continue
+        yield part
+        part, weight = [], 0
+    if part: yield part
+
 def _hashed(texts, seed: int = 42, same_numbers: bool = True, watch: Watch = unwatched):
     "A byte of each position of the signatures (N, PERMS), and the band keys (N, BANDS)."
     small, keys = np.empty((len(texts), PERMS), np.uint8), np.empty((len(texts), BANDS), np.uint64)
-    one_by_one, done = iter(watch(texts, "near copies")), 0
-    while part := list(islice(one_by_one, 256)):
+    done = 0
+    for part in _portions(watch(texts, "near copies")):
         signed = signatures([shingles(pieces(t)) for t in part], seed)
         salts = np.array([numbers_key(t) if same_numbers else 0 for t in part], np.uint64)
         here = slice(done, done := done + len(part))
