@@ -260,7 +260,8 @@ def _summary(result: dict, max_unit: float) -> str:
 # %% ../../nbs/01b_data.mix.ipynb #c38af7fa
 class _Counted:
     "A writer that counts its rows by one of their values."
-    def __init__(self, write: Callable, by: Callable[[dict], str]): self.write, self.by, self.counts = write, by, Counter()
+    def __init__(self, write: Callable, by: Callable[[dict], str]):
+        self.write, self.by, self.counts = write, by, Counter()
 
     def __call__(self, row: dict):
         self.write(row)
@@ -301,7 +302,8 @@ def data_phase(
     run: RunFolder,  # where the files go
 ) -> dict:  # counts, shares, the reasons of rejection, and the first row
     "The data phase: read, clean, mix, split, augment, write; no more than some hundred bytes a row in memory."
-    config, clean, seed, folder = _checked(settings), settings.build("clean"), settings.build("run").seed, run.phase("data")
+    config, clean, folder = _checked(settings), settings.build("clean"), run.phase("data")
+    seed = settings.build("run").seed
     watch = lambda rows, what: progress(rows, what, clean.quiet or None)
     shares = dict(validation=config.validation) | (dict(test=config.test) if config.test else {})
     with Spool(folder) as rows, ExitStack() as files:

@@ -80,7 +80,7 @@ def numbers_key(
     found = re.findall(r"\d+", text)
     return int.from_bytes(hashlib.blake2b(" ".join(found).encode(), digest_size=8).digest()) if found else 0
 
-def _portions(texts: Iterable[str], most: int = 1 << 20) -> Iterator[list[str]]:
+def _portions(texts: Iterable[str], most: int = 1 << 18) -> Iterator[list[str]]:
     "Some texts at a time, with about `most` characters in all."
     part, weight = [], 0
     for text in texts:

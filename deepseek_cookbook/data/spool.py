@@ -99,7 +99,7 @@ def _portions(part: np.ndarray, heads: np.ndarray, sizes: np.ndarray, most: int)
 def alphabetical(
     texts: Sequence[str],  # all different
     sizes: np.ndarray,  # (N,) bytes of each
-    most: int = 1 << 22,  # bytes of texts in memory at a time, about
+    most: int = 1 << 20,  # bytes of texts in memory at a time, about
 ) -> np.ndarray:  # (N,) their numbers, in the order of Python's `sorted`
     "The alphabetical order of texts that need not fit into memory."
     out, waiting = array("q"), [(np.arange(len(texts)), 0 if len(texts) and sizes.sum() > most else None)]
