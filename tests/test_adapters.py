@@ -340,7 +340,8 @@ def head(card: str) -> dict:
 
 def test_a_card_says_what_was_measured(trained):
     run, figures = chosen("smollm2-135m-instruct"), trained("tiny-llama")[1]
-    data = dict(source="/home/me/secret/tickets.jsonl", read=40, train=20, validation=4, test=7, first={"output": "private"})
+    data = dict(source="/home/me/secret/tickets.jsonl", read=40, train=20, validation=4, test=7)
+    data["first"] = {"output": "private"}
     card = model_card(run, figures, COMPARISON, data, language=["en"], repo_id="someone/desk")
     top = head(card)
     assert top["base_model"] == TWINS["smollm2-135m-instruct"] and top["library_name"] == "peft"

@@ -5,7 +5,7 @@
 Every command is a process of its own. The smaller file tells what Python and the libraries need; the difference of the
 two, by the difference of the rows, is the memory that grows with the data. `held` is the same for the rows as a list of
 dictionaries, the least that a command needs that keeps them all. `--beside` is the root of another checkout, measured
-on the same files. `--out` takes the figures as JSON; scripts/bench/results/data_memory.json are those of 200,000 rows.
+on the same files. `--out` takes the figures as JSON; scripts/bench/results/data_memory.json are those of 50,000 rows.
 Exit code 1 where a command of this checkout needs more than `--limit` bytes a row.
 """
 
