@@ -104,7 +104,8 @@ def main() -> None:
         from deepseek_cookbook.pipeline import made_with
         from deepseek_cookbook.settings import write_json
 
-        command = " ".join(["python", "scripts/bench/data_memory.py", *sys.argv[1:]])
+        given = [w for w in sys.argv[1:] if w not in ("--out", str(args.out))]
+        command = " ".join(["python", "scripts/bench/data_memory.py", *given])
         if args.beside:
             command = command.replace(str(args.beside), args.beside.name)
         write_json(args.out, dict(command=command, bytes_of_a_row=row_bytes, results=found, made_with=made_with()))
