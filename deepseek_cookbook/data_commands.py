@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['data', 'Source', 'Target', 'Format', 'MaxRejected', 'Seed', 'Quiet', 'counts_table', 'progress', 'data_check',
-           'clean_table', 'data_clean', 'data_convert', 'write_all', 'data_split', 'data_mix', 'read_ratios',
+           'clean_table', 'data_clean', 'data_convert', 'Written', 'store', 'data_split', 'data_mix', 'read_ratios',
            'data_augment', 'data_card', 'data_show']
 
 # %% ../nbs/11b_data_commands.ipynb #6ecedcea
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -40,8 +41,8 @@ def counts_table(title: str, counts: list[tuple[str, int]]) -> Table:
 
 def progress(rows, what: str, quiet: bool):
     "Rows with a bar that counts them."
-    from tqdm.auto import tqdm
-    return tqdm(rows, desc=what, unit=" rows", disable=quiet)
+    from deepseek_cookbook.data import spool
+    return spool.progress(rows, what, quiet)
 
 @data.command("check")
 def data_check(source: Source, format: Format = "auto",
@@ -121,13 +122,41 @@ def data_convert(source: Source, target: Target,
                       markup=False)
 
 # %% ../nbs/11b_data_commands.ipynb #f8d4e048
-def write_all(files: dict[Path, list[dict]], quiet: bool):
-    "Records into files, rejected rows as they are; `.json` is a list."
-    from deepseek_cookbook.data.formats import write_records
-    from deepseek_cookbook.settings import write_jsonl
-    for path, rows in files.items(): (write_jsonl if path.name == "rejected.jsonl" else write_records)(path, rows)
-    if not quiet: console.print(counts_table("", [(path.name, len(rows)) for path, rows in files.items()]))
+class Written:
+    "Counting writers of records and of rejected rows; the files appear when the block ends without an error."
+    def __init__(self, quiet: bool, rejected: Path, **files: Path):  # name -> path
+        self.quiet, self.paths, self.counts = quiet, files | dict(rejected=rejected), Counter()
 
+    def __enter__(self):
+        from deepseek_cookbook.data.formats import record_writer
+        from deepseek_cookbook.settings import jsonl_writer
+        with ExitStack() as stack:
+            self.write = {name: stack.enter_context((jsonl_writer if name == "rejected" else record_writer)(path))
+                          for name, path in self.paths.items()}
+            self.stack = stack.pop_all()
+        return self
+
+    def __call__(self, name: str, row: dict):
+        self.write[name](row)
+        self.counts[name] += 1
+
+    def all(self, name: str, rows):
+        "Write many."
+        for row in progress(rows, f"write {name}", self.quiet): self(name, row)
+
+    def __exit__(self, *error):
+        self.stack.__exit__(*error)
+        if error[0] or self.quiet: return
+        console.print(counts_table("", [(path.name, self.counts[name]) for name, path in self.paths.items()]))
+
+def store(source, rows, out: Written, format: str, max_rejected: float):
+    "The records of a source into a `Spool`, the others to rejected.jsonl."
+    from deepseek_cookbook.data.formats import each_record
+    for record, bad in progress(each_record(source, format, max_rejected), "read", out.quiet):
+        if bad is None: rows.add(record)
+        else: out("rejected", bad)
+
+# %% ../nbs/11b_data_commands.ipynb #3914d347
 @data.command("split")
 def data_split(source: Source, folder: Annotated[str, typer.Argument(help="gets train.jsonl, validation.jsonl, …")],
                validation: Annotated[float, typer.Option(help="share that chooses the checkpoint")] = 0.12,
@@ -138,14 +167,19 @@ def data_split(source: Source, folder: Annotated[str, typer.Argument(help="gets 
     if not debug: quiet_libraries()
     with clear_errors(debug):
         from deepseek_cookbook.data.clean import check_paths
-        from deepseek_cookbook.data.formats import load_records
-        from deepseek_cookbook.data.split import near_pairs, split_sides
+        from deepseek_cookbook.data.mix import large_question
+        from deepseek_cookbook.data.split import near_pairs, split_places
+        from deepseek_cookbook.data.spool import Spool, View
         shares = dict(validation=validation) | (dict(test=test) if test else {})
         files = {side: Path(folder) / f"{side}.jsonl" for side in ("train", *shares, "rejected")}
         check_paths(source, **files)
-        records, rejected = load_records(source, format, max_rejected)
-        sides = split_sides(records, shares, seed, near=near_pairs).sides | dict(rejected=rejected)
-        write_all({files[side]: rows for side, rows in sides.items()}, quiet)
+        watch = lambda rows, what: progress(rows, what, quiet)
+        with Spool(folder) as rows, Written(quiet, **files) as out:
+            store(source, rows, out, format, max_rejected)
+            split = split_places(rows, shares, seed, near=lambda texts: near_pairs(texts, watch=watch), watch=watch)
+            for side, places in split.sides.items(): out.all(side, View(rows, places))
+            large = large_question(split.facts(), len(rows))
+        if large and not quiet: console.print(large, markup=False)
 
 @data.command("mix")
 def data_mix(target: Target, parts: Annotated[list[str], typer.Argument(help="source=ratio, such as a.jsonl=7")],
@@ -156,11 +190,16 @@ def data_mix(target: Target, parts: Annotated[list[str], typer.Argument(help="so
     if not debug: quiet_libraries()
     with clear_errors(debug):
         from deepseek_cookbook.data.clean import check_paths
-        from deepseek_cookbook.data.mix import mix_sources
+        from deepseek_cookbook.data.mix import clean_sources, mixture
+        from deepseek_cookbook.data.spool import Spool
         ratios, bad = read_ratios(parts), Path(target).parent / "rejected.jsonl"
         check_paths(list(ratios), output=target, rejected=bad)
-        records, rejected = mix_sources(ratios, format, seed=seed, strategy=strategy, limit=limit)
-        write_all({Path(target): records, bad: rejected}, quiet)
+        watch = lambda rows, what: progress(rows, what, quiet)
+        with Spool(bad.parent) as rows, Written(quiet, bad, mixed=Path(target)) as out:
+            of, _ = clean_sources(list(ratios), rows, lambda row: out("rejected", row), format, watch=watch)
+            mixed, left = mixture(rows, of, ratios, seed, strategy, limit)
+            out.all("mixed", mixed)
+            out.all("rejected", left)
 
 # %% ../nbs/11b_data_commands.ipynb #16b5e91c
 def read_ratios(parts: list[str]) -> dict[str, float]:  # source -> ratio
@@ -187,15 +226,19 @@ def data_augment(source: Source, target: Target,
     "Add rewritten rows to a training file."
     if not debug: quiet_libraries()
     with clear_errors(debug):
-        from deepseek_cookbook.augment.records import RecordsConfig, augment_records
+        from deepseek_cookbook.augment.records import RecordsConfig, augment_rows, check_methods, without_draft
         from deepseek_cookbook.data.clean import check_paths
-        from deepseek_cookbook.data.formats import load_records
+        from deepseek_cookbook.data.spool import Spool
+        config = RecordsConfig(**(dict(methods=method) if method else {}), fields=field or ["auto"])
         bad = Path(target).parent / "rejected.jsonl"
         check_paths(source, output=target, rejected=bad)
-        records, rejected = load_records(source, format, max_rejected)
-        chosen = dict(methods=method) if method else {}
-        made, refused = augment_records(records, RecordsConfig(**chosen, fields=field or ["auto"]), seed)
-        write_all({Path(target): made if only_new else records + made, bad: rejected + refused}, quiet)
+        check_methods(config)
+        with Spool(bad.parent) as rows, Written(quiet, bad, made=Path(target)) as out:
+            store(source, rows, out, format, max_rejected)
+            if not only_new: out.all("made", rows)
+            for row in progress(augment_rows(rows, config, seed), "augment", quiet):
+                if "reason" in row: out("rejected", without_draft(row))
+                else: out("made", row["row"])
 
 # %% ../nbs/11b_data_commands.ipynb #0900c87c
 @data.command("card")

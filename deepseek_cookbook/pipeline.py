@@ -34,7 +34,8 @@ class Phase:
 
 PHASES = (
     Phase("data", "read, clean, split", "deepseek_cookbook.data.mix:data_phase",
-          ("run", "data", "clean"), files=("train.jsonl", "validation.jsonl", "test.jsonl", "rejected.jsonl")),
+          ("run", "data", "clean", "augment"),
+          files=("train.jsonl", "validation.jsonl", "test.jsonl", "rejected.jsonl")),
     Phase("sft", "train a LoRA adapter on the answers", "deepseek_cookbook.sft.train:sft_phase",
           ("run", "model", "lora", "sft", "train", "loss", "optim", "monitor"), ("data",),
           ("metrics.jsonl", "adapter/adapter_model.safetensors")),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'PROFILES', 'RunConfig', 'ModelConfig', 'SettingsError', 'nearest', 'section_class', 'parse_value',
            'find_settings', 'read_ini', 'Settings', 'load_settings', 'WriteError', 'ReadError', 'atomic_write',
-           'write_json', 'write_jsonl', 'read_json', 'read_jsonl', 'RunFolder']
+           'write_json', 'jsonl_writer', 'write_jsonl', 'read_json', 'read_jsonl', 'RunFolder']
 
 # %% ../nbs/00_settings.ipynb #1ff5aaae
 import configparser, difflib, hashlib, json, os, tempfile
@@ -277,11 +277,18 @@ def write_json(path: str | Path, obj) -> Path:
     with atomic_write(path) as f: f.write(_dump(path, obj, indent=1, default=str))
     return Path(path)
 
+@contextmanager
+def jsonl_writer(
+    path: str | Path,
+):  # a function that takes one row after the other
+    "A file of one JSON object a line; it appears under its name when the block ends without an error."
+    with atomic_write(path) as f: yield lambda row: f.write(_dump(path, row))
+
 def write_jsonl(path: str | Path, rows) -> int:
     "Write one JSON object a line, atomically; returns the number of rows."
     n = 0
-    with atomic_write(path) as f:
-        for n, row in enumerate(rows, 1): f.write(_dump(path, row))
+    with jsonl_writer(path) as write:
+        for n, row in enumerate(rows, 1): write(row)
     return n
 
 # %% ../nbs/00_settings.ipynb #6b07b419

@@ -340,14 +340,16 @@ def head(card: str) -> dict:
 
 def test_a_card_says_what_was_measured(trained):
     run, figures = chosen("smollm2-135m-instruct"), trained("tiny-llama")[1]
-    data = dict(source="/home/me/secret/tickets.jsonl", read=40, train=20, validation=4, first={"output": "private"})
+    data = dict(source="/home/me/secret/tickets.jsonl", read=40, train=20, validation=4, test=7)
+    data["first"] = {"output": "private"}
     card = model_card(run, figures, COMPARISON, data, language=["en"], repo_id="someone/desk")
     top = head(card)
     assert top["base_model"] == TWINS["smollm2-135m-instruct"] and top["library_name"] == "peft"
     assert top["license"] == "apache-2.0" and top["language"] == ["en"]
     measured = top["model-index"][0]["results"][0]["metrics"]
     assert {m["type"]: m["value"] for m in measured} == dict(loss=2.1, perplexity=8.2)
-    for text in ("3.2", "34.0%", "30.0%", "tickets.jsonl", "torch", "| seed | 42 |", "someone/desk", "4-bit copy"):
+    for text in ("3.2", "34.0%", "30.0%", "tickets.jsonl", "torch", "| seed | 42 |", "| test | 7 |",
+                 "someone/desk", "4-bit copy"):  # fmt: skip
         assert text in card, text
     assert f"{figures['best_eval_loss']:.4g}" in card
     for text in ("/home", "secret/", "private", "None |"):

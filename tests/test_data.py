@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from deepseek_cookbook.augment.rewrite import AugmentError, record_id
 from deepseek_cookbook.data.clean import CleanConfig, clean_records
 from deepseek_cookbook.data.formats import (
     FIELDS,
@@ -281,3 +282,77 @@ def test_chinese_is_kept_as_it_is(tmp_path):
     assert {r["output"] for r in kept} == {"七天内可退。🙂\n好"}  # a line separator is a line end; the rest stays
     assert {r["instruction"] for r in kept} == {r["instruction"] for r in rows}
     assert "七天内可退。🙂" in (folder / "train.jsonl").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def questions(n):
+    verbs = "cancel close open buy get change begin end".split()
+    nouns = "card account loan ticket order parcel contract bill".split()
+    asked = [f"How do I {v} my {noun} without paying a {adj} fee?" for adj in ("big", "small", "new", "good")
+             for noun in nouns for v in verbs]  # fmt: skip
+    return [record(q, f"Answer {i}.") for i, q in enumerate(random.Random(1).sample(asked, n))]
+
+
+SIDES = ("data.limit=none", "data.test=0.2", "clean.near=0")
+AUGMENT = ("data.augment=true", 'augment.methods=["synonym", "noise"]', *SIDES)
+
+
+def test_augmented_rows_are_of_the_training_side_and_nothing_leaks(tmp_path, capsys):
+    pytest.importorskip("jieba")
+    rows = questions(120)
+    result, folder = phase(tmp_path / "a", rows, *AUGMENT)
+    again, other = phase(tmp_path / "b", rows, *AUGMENT)
+    plain, without = phase(tmp_path / "c", rows, *SIDES)
+    names = ("train", "validation", "test", "rejected")
+    assert all((folder / f"{n}.jsonl").read_bytes() == (other / f"{n}.jsonl").read_bytes() for n in names)
+    assert all((folder / f"{n}.jsonl").read_bytes() == (without / f"{n}.jsonl").read_bytes() for n in names[1:3])
+    train, validation, test, rejected = (read_jsonl(folder / f"{n}.jsonl") for n in names)
+    old, new = train[: plain["train"]], train[plain["train"] :]
+    assert old == read_jsonl(without / "train.jsonl") and new, "the new rows stand behind the old ones"
+    by_id = {record_id(r): r for r in old}
+    for r in new:
+        made = r["extra"]["augmented"]
+        source = by_id[made["of"]]
+        assert r["id"] == f"{made['of']}/{made['method']}" and made["seed"] == 42
+        assert r["output"] == source["output"] and r["instruction"] != source["instruction"]
+        assert check_record(r) == []
+    held = {question_of(r) for r in validation + test}
+    assert not held & {question_of(r) for r in train}
+    assert not any("augmented" in (r.get("extra") or {}) for r in validation + test + old)
+    assert result["augmented"] == dict(Counter(r["extra"]["augmented"]["method"] for r in new))
+    refused = [r for r in rejected if "method" in r]
+    assert result["augment_refused"] == dict(Counter(r["reason"] for r in refused))
+    assert len(new) + len(refused) == 2 * len(old), "every row and method gives a row or a reason"
+    assert result["train"] == len(train)
+    assert result["read"] == len(old + validation + test) + len(rejected) - len(refused) == 120
+    assert "new by augmentation: " in capsys.readouterr().out
+    assert not {"augmented", "augment_refused"} & plain.keys() and not any("augmented" in str(r) for r in old)
+
+
+def test_a_rewritten_question_that_is_held_out_is_refused(tmp_path):
+    "The synonym of `begin` is `start`: some training rows come out as what a held-out row asks."
+    pytest.importorskip("jieba")
+    rows = [record(f"How do I {v} the {c}{chr(97 + i)} machine in the hall?", f"By lever {c}{i}.")
+            for c in "bcdfgh" for i in range(8) for v in ("buy", "purchase", "get")]  # fmt: skip
+    rows = [r | dict(output=f"{r['output']} {i}") for i, r in enumerate(rows)]
+    result, folder = phase(tmp_path, rows, *AUGMENT)
+    held = [r for side in ("validation", "test") for r in read_jsonl(folder / f"{side}.jsonl")]
+    assert result["augment_refused"].get("held_out", 0) > 0
+    assert not {question_of(r) for r in held} & {question_of(r) for r in read_jsonl(folder / "train.jsonl")}
+
+
+@pytest.mark.parametrize(
+    "setting, why", [('augment.methods=["synonim"]', "synonym"), ('augment.fields=["output"]', "Answers are never")]
+)
+def test_a_method_that_nobody_knows_stops_before_anything_is_read(tmp_path, setting, why):
+    with pytest.raises(AugmentError, match=why):
+        phase(tmp_path, None, "data.source=nowhere.jsonl", "data.augment=true", setting)
+
+
+def test_the_key_of_the_phase_depends_on_augmentation(tmp_path):
+    from deepseek_cookbook.pipeline import phase_key, select
+
+    run, changes = RunFolder(tmp_path), [[], ["data.augment=true"], ["data.augment=true", 'augment.methods=["swap"]']]
+    assert len({phase_key(select(["data"])[0], load_settings("tiny", c), run) for c in changes}) == 3

@@ -3,18 +3,26 @@
 import csv
 import gzip
 import json
+import random
+import tracemalloc
 
 import pytest
 from typer.testing import CliRunner
 
 from deepseek_cookbook.cli import app
 from deepseek_cookbook.data.formats import DataError, read_records
+from deepseek_cookbook.data.mix import data_phase
 from deepseek_cookbook.data_commands import read_ratios
+from deepseek_cookbook.settings import RunFolder, load_settings, write_jsonl
 
 TREES = [
     dict(instruction="Name a tree.", input="", output="An ash."),
     dict(instruction="Name a fish.", input="", output="A pike."),
 ]
+
+
+def record(instruction, output):
+    return dict(instruction=instruction, input="", output=output, history=[])
 
 
 def run(*words):
@@ -176,3 +184,66 @@ def test_the_target_has_the_name_that_was_given(tmp_path):
     assert [r["output"] for r in json.loads((tmp_path / "more.json").read_text())][:5] == [r["output"] for r in rows]
     assert run("mix", tmp_path / "all.data", f"{tmp_path}/in.jsonl=1", "-q").exit_code == 0
     assert len((tmp_path / "all.data").read_text().splitlines()) == 5
+
+
+def test_the_rows_are_not_held_in_memory(tmp_path):
+    "Rows of some kilobytes, with few words."
+    chance, source = random.Random(0), tmp_path / "in.jsonl"
+    word = lambda: "".join(chance.choices("abcdefgh", k=900))  # noqa: E731
+    write_jsonl(source, [record(f"{word()}?", "A.") for _ in range(9)])
+    assert run("split", source, tmp_path / "out", "-q").exit_code == 0  # what is imported is there now
+    write_jsonl(source, (record(f"{word()} {word()}?", " ".join(word() for _ in range(18))) for _ in range(1000)))
+    tracemalloc.start()
+    try:
+        assert run("split", source, tmp_path / "out", "-q").exit_code == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < source.stat().st_size / 2, "all of them as dictionaries are more than the file"
+
+
+@pytest.mark.parametrize("command", ["split", "augment", "mix", "phase"])
+@pytest.mark.parametrize("at", [5, 45, 95])
+def test_nothing_is_left_after_ctrl_c(tmp_path, monkeypatch, command, at):
+    "While rows are read, and while they are written."
+    source, out, calls = tmp_path / "in.jsonl", tmp_path / "out", []
+    source.write_text("\n".join(map(json.dumps, many(40))))
+    whole = json.dumps
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(json, "dumps", stopped)
+    words = dict(split=[source, out], augment=[source, out / "x.jsonl"], mix=[out / "x.jsonl", f"{source}=1"])
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        if command == "phase":
+            data_phase(load_settings("tiny", [f"data.source={source}", "data.limit=none"]), RunFolder(out))
+        else:
+            assert run(command, *words[command], "-q").exit_code == 0
+    assert len(calls) >= at and not [p for p in out.rglob("*") if p.is_file()]
+
+
+def test_a_question_that_most_rows_ask_is_told(tmp_path):
+    rows = [record("Again?", f"answer {i}") for i in range(30)] + [record(f"{i}?", f"{i}") for i in range(20)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    said = run("split", tmp_path / "in.jsonl", tmp_path / "out").stdout.replace("\n", " ")
+    assert "one question alone has 30 of 50 rows (60%, above data.max_unit = 10%)" in said
+    write_jsonl(tmp_path / "in.jsonl", rows[28:])
+    assert "one question" not in run("split", tmp_path / "in.jsonl", tmp_path / "out").stdout
+
+
+def test_the_source_is_read_once(tmp_path, monkeypatch):
+    "A file that changes in between can't make two halves that don't fit."
+    from deepseek_cookbook.data import formats
+
+    opened, once = [], formats.iter_rows
+    monkeypatch.setattr(formats, "iter_rows", lambda *args: opened.append(args) or once(*args))
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, many(40))))
+    for words in (["split", tmp_path / "in.jsonl", tmp_path], ["augment", tmp_path / "in.jsonl", tmp_path / "a.jsonl"],
+                  ["mix", tmp_path / "m.jsonl", f"{tmp_path}/in.jsonl=1"]):  # fmt: skip
+        assert run(*words, "-q").exit_code == 0
+        assert len(opened) == 1
+        opened.clear()

@@ -1,5 +1,6 @@
 """Splitting: by what is asked, by rows, alike on all sides, near copies together without comparing every pair."""
 
+import hashlib
 import json
 import random
 import statistics
@@ -17,6 +18,7 @@ from deepseek_cookbook.data.duplicates import shingles, signatures
 from deepseek_cookbook.data.filters import pieces
 from deepseek_cookbook.data.formats import DataError, chatterbot_records
 from deepseek_cookbook.data.split import (
+    HeldOut,
     _text,
     asked_text,
     compare_sides,
@@ -24,10 +26,12 @@ from deepseek_cookbook.data.split import (
     numbers_key,
     question_of,
     script_of,
+    split_places,
     split_records,
     split_sides,
     stratum,
 )
+from deepseek_cookbook.data.spool import Spool, View
 from deepseek_cookbook.settings import load_settings, read_jsonl, write_jsonl
 
 
@@ -400,3 +404,112 @@ def test_the_phase_tells_what_cleaning_changed(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     result, _ = run_data(tmp_path, f"data.source={tmp_path / 'rows.jsonl'}", "clean.near=0")
     assert result["changed"] == {} and result["private_left"] == {"PHONE": 1}
+
+
+# ---------------------------------------------------------------- rows on disk
+
+
+def by_hand(rows, shares, seed, near, max_unit):
+    "The split with lists and dictionaries, slow and easy to read: places, and the rows in chains that were cut."
+    digest = lambda text, key="": hashlib.blake2b(text.encode(), digest_size=16, key=key.encode()).digest()  # noqa: E731
+    asked = {}
+    for i, r in enumerate(rows):
+        asked.setdefault(digest(question_of(r)), []).append(i)
+    group = {key: {key} for key in asked}
+    texts = sorted({(_text(r), digest(question_of(r))) for r in rows}, key=lambda t: (t[0], t[1]))
+    for i, j in near([text for text, _ in texts]):
+        joined = group[texts[i][1]] | group[texts[j][1]]
+        group |= {key: joined for key in joined}
+    chains = {min(keys): sorted(keys) for keys in group.values()}
+    units, cut = [], 0
+    for keys in chains.values():
+        n = sum(len(asked[key]) for key in keys)
+        fits = len(keys) == 1 or n <= max(10, max_unit * len(rows)) and len(chains) > len(shares)
+        units += [keys] if fits else [[key] for key in keys]
+        cut += 0 if fits else n
+    units = sorted(units, key=lambda keys: digest(keys[0].hex(), str(seed)))
+    places = [[i for key in keys for i in asked[key]] for keys in units]
+    strata, chance, side = [min(stratum(rows[i]) for i in at) for at in places], random.Random(seed), [0] * len(units)
+    for number, share in enumerate(shares.values(), 1):
+        owed, taken, spare = chance.random() - 0.5, 0, len(shares) + 1 - number
+        free = lambda: [u for u in range(len(units)) if side[u] == 0]  # noqa: E731
+        for name in [*sorted(set(strata)), None]:
+            of = [u for u in range(len(units)) if name in (None, strata[u])]
+            owed += 0 if name is None else share * sum(len(places[u]) for u in of)
+            for u in of:
+                if owed < 0.5 or len(free()) <= spare:
+                    break
+                if side[u] == 0 and len(places[u]) <= owed + 0.5:
+                    side[u], owed, taken = number, owed - len(places[u]), taken + 1
+        last = min(free(), key=lambda u: abs(len(places[u]) - owed))
+        if not taken or len(free()) > spare and abs(len(places[last]) - owed) < abs(owed):
+            side[last] = number
+    named = enumerate(["train", *shares])
+    return {name: [i for u, at in enumerate(places) if side[u] == n for i in at] for n, name in named}, cut
+
+
+row_of_any_kind = st.builds(
+    record,
+    st.sampled_from(["Why?", "why ?", "why?", "Sum it up.", "写一句。"]),
+    st.sampled_from(["Because.", "Because of it.", "因为。", "ok " * 9]),
+    st.sampled_from([(), (("Hi", "Hello"),)]),
+    st.sampled_from(["", "", "a note", "a note that is longer", "一段话"]) | st.text("ab", max_size=3),
+)
+
+
+@examples(deadline=None, max_examples=150)
+@given(st.lists(row_of_any_kind, min_size=5, max_size=40), st.integers(0, 99), st.integers(0, 9),
+       st.sampled_from([(0.12,), (0.3, 0.2), (0.05, 0.05, 0.4)]), st.sampled_from([0.1, 0.5, 1]))  # fmt: skip
+def test_a_split_on_disk_is_the_one_by_hand(tmp_path_factory, rows, seed, links, shares, max_unit):
+    shares = dict(zip(("validation", "test", "third"), shares, strict=False))
+
+    def near(texts):
+        assert list(texts) == sorted(texts)
+        chance = random.Random(links)
+        return [(chance.randrange(len(texts)), chance.randrange(len(texts))) for _ in range(links)]
+
+    try:
+        listed = split_sides(rows, shares, seed, near=near, max_unit=max_unit)
+    except DataError:
+        assert len({question_of(r) for r in rows}) <= len(shares)
+        return
+    places, cut = by_hand(rows, shares, seed, near, max_unit)
+    assert listed.sides == {name: [rows[i] for i in at] for name, at in places.items()}
+    assert listed.near_copies_cut == cut
+    with Spool(tmp_path_factory.getbasetemp()) as spool:
+        for row in rows:
+            spool.add(row)
+        stored = split_places(spool, shares, seed, near=near, max_unit=max_unit)
+        assert {name: at.tolist() for name, at in stored.sides.items()} == places
+        assert {name: list(View(spool, at)) for name, at in stored.sides.items()} == listed.sides
+        assert stored.facts() == listed.facts()
+
+
+def test_near_copies_on_disk_are_those_in_memory(tmp_path):
+    pytest.importorskip("rensa")
+    rows = [r for language in ("english", "chinese") for r in chatterbot_records(language)[0]][::2]
+    with Spool(tmp_path) as spool:
+        for row in rows:
+            spool.add(row)
+        stored = split_places(spool, dict(validation=0.12, test=0.1), near=near_pairs)
+        listed = split_sides(rows, dict(validation=0.12, test=0.1), near=near_pairs)
+        assert {name: list(View(spool, at)) for name, at in stored.sides.items()} == listed.sides
+        assert stored.facts() == listed.facts() and listed.near_copies > 10
+
+
+@pytest.mark.parametrize("often, held", [(60, 12), (90, 10), (97, 3)])
+def test_a_question_that_most_rows_ask_leaves_the_shares_alone(often, held):
+    "It stays whole; the other rows make up the share as far as they go."
+    rows = [record("again?", f"{i}") for i in range(often)] + [record(f"{i}?", f"{i}") for i in range(100 - often)]
+    split = split_sides(rows, dict(validation=0.12), near=near_pairs)
+    assert (split.largest_question, len(split.sides["validation"])) == (often, min(held, 12))
+    assert split.facts()["largest_question"] == often
+
+
+def test_held_out_rows_are_found_again():
+    pytest.importorskip("rensa")
+    words = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60))
+    held = HeldOut([record(words, "yes"), record("短短的问题", "好"), record("Why?", "Because")])
+    asked = [record(words + " more", "yes"), record("WHY? ", "No."), record("短短的问题", "不"), record("Who?", "Me")]
+    assert held.like(asked).tolist() == [True, True, True, False]
+    assert held.like([]).tolist() == [] and HeldOut([]).like(asked).tolist() == [False] * 4

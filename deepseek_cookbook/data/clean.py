@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'TABLE', 'CleanConfig', 'Seen', 'Tools', 'inspect_line', 'make_tools', 'Batch', 'inspect_batch', 'Rows',
-           'CleanReport', 'rejected_row', 'check_paths', 'clean', 'clean_records']
+           'CleanReport', 'rejected_row', 'check_paths', 'clean', 'clean_stream', 'refused', 'clean_records']
 
 # %% ../../nbs/01a_data.clean.ipynb #5c63e4a4
 import base64, hashlib, json, math, os, random, re, time
@@ -432,20 +432,35 @@ def clean(
     return done
 
 # %% ../../nbs/01a_data.clean.ipynb #6cb5e364
+def clean_stream(
+    records: Iterable[dict],  # the four fields, read once
+    config: CleanConfig,
+    report: CleanReport,  # an empty one that is filled: counts, changes, private data that was left
+    again: Iterable[dict] = (),  # the same records, read where `low_information` draws its sample
+) -> Iterator[Seen]:  # for each record, in order, what the filters say of it
+    "Clean records one after the other."
+    def as_lines(records): return (json.dumps(r).encode() for r in records)
+    tools, rows = make_tools(config, as_lines(again)), Rows(config)
+    report.config = asdict(config)
+    for batch in _inspect_all(((i, line, []) for i, line in enumerate(as_lines(records), 1)), tools):
+        rows.compare(batch)
+        for seen in batch.seen:
+            report.note(seen)
+            yield seen
+
+def refused(seen: Seen) -> dict:  # {"reason", "detail", "row"}
+    "A rejected record as it goes into rejected.jsonl."
+    where = re.sub(r"^line (?=\d+$)", "record ", seen.detail)  # there are no lines here
+    return dict(reason=seen.reason, detail=where, row=json.loads(seen.line))
+
 def clean_records(
     records: list[dict],  # the four fields
     config: CleanConfig | None = None,
     report: CleanReport | None = None,  # an empty one that is filled: counts, changes, private data that was left
 ) -> tuple[list[dict], list[dict]]:  # kept, and rejected rows {"reason", "detail", "row"}
     "Clean records in memory; kept + rejected = read."
-    config, report = config or CleanConfig(), report or CleanReport()
-    lines = [json.dumps(r).encode() for r in records]
-    tools, rows, seen = make_tools(config, lines), Rows(config), []
-    for batch in _inspect_all(((i, line, []) for i, line in enumerate(lines, 1)), tools):
-        rows.compare(batch)
-        seen += batch.seen
-    for s in seen: report.note(s)
-    report.config = asdict(config)
-    kept, gone = [s.record for s in seen if not s.reason], [s for s in seen if s.reason]
-    where = lambda s: re.sub(r"^line (?=\d+$)", "record ", s.detail)  # of the list: there are no lines here
-    return kept, [dict(reason=s.reason, detail=where(s), row=records[s.number - 1]) for s in gone]
+    config, kept, gone = config or CleanConfig(), [], []
+    for seen in clean_stream(records, config, report or CleanReport(), records):
+        if seen.reason: gone.append(refused(seen) | dict(row=records[seen.number - 1]))
+        else: kept.append(seen.record)
+    return kept, gone

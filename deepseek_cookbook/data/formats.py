@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITTEN', 'DIALOGUES', 'LEFT_OUT', 'DataConfig', 'Row', 'TreeRow', 'iter_rows', 'iter_records', 'read_records',
            'read_preferences', 'record_writer', 'write_records', 'corpus_folder', 'chatterbot_records', 'Tally',
-           'load_records', 'extra_columns']
+           'each_record', 'load_records', 'extra_columns']
 
 # %% ../../nbs/01_data.formats.ipynb #b4e5cba6
 import json
@@ -37,6 +37,7 @@ class DataConfig:
     test: float = 0.0  # share of the rows that chooses nothing and is evaluated at the end; 0: no such side
     max_unit: float = 0.1  # a chain of near copies of more than this share of the rows is cut, 0 < share <= 1
     limit: int | None = None  # at most this many records, drawn with the run's seed; all by default
+    augment: bool = False  # add rewritten questions to the training side, as [augment] says
 
 # %% ../../nbs/01_data.formats.ipynb #4ff5011e
 @dataclass
@@ -303,23 +304,35 @@ def _told(row: dict, fault: str) -> str:
     return fault if fault.startswith(place) else place + fault
 
 # %% ../../nbs/01_data.formats.ipynb #56ac588c
+def each_record(
+    source,  # DataConfig.source
+    format: str = "auto",  # DataConfig.format
+    max_rejected: float = 0.05,  # DataConfig.max_rejected
+) -> Iterator[tuple[dict | None, dict | None]]:  # a record; or None and a rejected row
+    "The rows that `source` names, one at a time; raises `DataError` at the end where too few of them can be used."
+    if not 0 <= max_rejected <= 1: raise DataError(f"data.max_rejected = {max_rejected}: write a share from 0 to 1")
+    kind, _, rest = str(source).partition(":")
+    if kind == "chatterbot":
+        language, _, topic = rest.partition("/")
+        records, rejected = chatterbot_records(language, topic or None)
+        yield from [(r, None) for r in records] + [(None, r) for r in rejected]
+        return
+    tally = Tally(source)
+    for row in iter_rows(source, format):
+        tally.add(row)
+        yield (None, row.rejected()) if row.faults else (row.record, None)
+    tally.stop_if_bad(max_rejected)
+
 def load_records(
     source,  # DataConfig.source
     format: str = "auto",  # DataConfig.format
     max_rejected: float = 0.05,  # DataConfig.max_rejected
 ) -> tuple[list[dict], list[dict]]:  # records, and rejected rows with reason, file, line, field, detail, row
     "The records that `source` names; raises `DataError` where too few of the rows can be used."
-    if not 0 <= max_rejected <= 1: raise DataError(f"data.max_rejected = {max_rejected}: write a share from 0 to 1")
-    kind, _, rest = str(source).partition(":")
-    if kind == "chatterbot":
-        language, _, topic = rest.partition("/")
-        return chatterbot_records(language, topic or None)
-    records, rejected, tally = [], [], Tally(source)
-    for row in iter_rows(source, format):
-        tally.add(row)
-        if row.faults: rejected.append(row.rejected())
-        else: records.append(row.record)
-    tally.stop_if_bad(max_rejected)
+    records, rejected = [], []
+    for record, bad in each_record(source, format, max_rejected):
+        if bad is None: records.append(record)
+        else: rejected.append(bad)
     return records, rejected
 
 # %% ../../nbs/01_data.formats.ipynb #feb01a76

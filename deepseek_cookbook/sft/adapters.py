@@ -336,7 +336,8 @@ def model_card(
     license = entry.license if entry else "see the base model's page"
     run = dict(base=plain(base), license=license, quantization=settings["model"].get("quantization"),
                template=entry and entry.template, seed=settings.build("run").seed, **machine())
-    counted = {k: v for k, v in (data or settings["data"]).items() if k in ("source", "read", "train", "validation")}
+    counted = {k: v for k, v in (data or settings["data"]).items()
+               if k in ("source", "read", "train", "validation", "test")}
     return f"""---
 {card_head(settings, comparison, data, language, title)}
 ---
