@@ -1,6 +1,6 @@
 """How far local models of three sizes agree with the desk's rules when they judge pairs, in both orders.
 
-    python scripts/bench/judge.py [--models NAME ...] [--pairs 50]
+    python scripts/bench/judge.py [--models NAME ...] [--pairs 25]
 
 The pairs are those of the bank desk, English and Chinese: the better answer is better by rule, and one dimension of the
 other is broken. Each pair is asked in both orders; a verdict is the log-odds of A against B. Fetch the models first:
@@ -71,7 +71,7 @@ def measure(name: str, desks: dict[str, tuple[list[dict], list[str]]]) -> list[d
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--pairs", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=25)
     args = parser.parse_args()
     import torch
     import transformers
