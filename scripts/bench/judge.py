@@ -77,10 +77,11 @@ def main():
     import transformers
 
     desks = {desk: draw(desk, args.pairs) for desk in ("bank.en", "bank.zh")}
-    rows = [row for name in args.models for row in measure(name, desks)]
     result = dict(command=f"scripts/bench/judge.py --pairs {args.pairs}", pairs_a_desk=args.pairs, dtype="bfloat16",
-                  torch=torch.__version__, transformers=transformers.__version__, rows=rows)  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                  torch=torch.__version__, transformers=transformers.__version__, rows=[])  # fmt: skip
+    for name in args.models:
+        result["rows"] += measure(name, desks)
+        RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
