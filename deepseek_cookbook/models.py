@@ -99,7 +99,8 @@ def with_attention(
 def locate(name: str | Path) -> dict:  # arguments of `from_pretrained`
     "Find a model by registry name, hub id, folder or GGUF file; fetch or build it if it is one of ours."
     path, model = Path(name).expanduser(), find_model(name)
-    if model and model.task == "embedded": return dict(pretrained_model_name_or_path=str(fetch_embedded()))
+    if model and model.task == "embedded":
+        return dict(pretrained_model_name_or_path=str(fetch_embedded(model.name)))
     if model and model.task == "test": return dict(pretrained_model_name_or_path=str(build_tiny(model.name)))
     if model: return dict(pretrained_model_name_or_path=model.source)
     if path.suffix == ".gguf" and path.is_file():

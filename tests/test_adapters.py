@@ -312,6 +312,8 @@ def test_a_trained_model_stays_trainable(trained):
     ("DeepSeek-AI/deepseek-llm-7b-base", "deepseek-ai/deepseek-llm-7b-base"),
     ("/home/me/.cache/deepseek_cookbook/models/smollm2-135m-instruct-1", "smollm2-135m-instruct"),
     (r"C:\Users\me\AppData\deepseek_cookbook\models\tiny-llama-0a1b2c3d", "tiny-llama"),
+    ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct"),
+    ("/cache/models/qwen2.5-coder-1.5b-instruct-1", "qwen2.5-coder-1.5b-instruct"),
     ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
     ("/x/hub/models--org--Model-7B/snapshots/0123/", "org/Model-7B"),
     ("org/model", "org/model"), ("/data/mine", "/data/mine"), ("", ""),

@@ -34,6 +34,8 @@ def test_help_names_every_command_in_a_sentence():
     (["cook", "-p", "tiny", "data.source=chatterbot:englisch"], "english"),
     (["cook", "-p", "tiny", "data.source=missing.jsonl"], "missing.jsonl"),
     (["settings", "model.nam=x"], "name"),
+    (["fetch", "deepseek-llm-7b-base"], "hf download deepseek-ai/deepseek-llm-7b-base"),
+    (["fetch", "qwen"], "no model 'qwen'"),
 ])
 def test_a_mistake_is_one_message_and_exit_code_1(tmp_path, words, says):
     result = runner.invoke(app, [*words, *([f"run.folder={tmp_path}"] if words[0] == "cook" else [])])
@@ -47,6 +49,16 @@ def test_a_settings_file_with_a_typo_names_its_line(tmp_path):
     assert done.returncode == 1 and "settings.ini:3: [sft] learning_rat" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["settings.ini"]
+
+
+def test_fetch_lists_what_there_is_and_fetches_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSC_CACHE", str(tmp_path))
+    result = runner.invoke(app, ["fetch", "--list"])
+    assert result.exit_code == 0 and result.stdout.count("Apache-2.0") == 3 and not list(tmp_path.iterdir())
+    for words in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "478 MB", "1,093 MB"):
+        assert words in result.stdout
+    said = runner.invoke(app, ["fetch", "tiny-llama"])
+    assert said.exit_code == 0 and "tiny-llama is in " in said.stdout
 
 
 def test_settings_are_shown_typed():

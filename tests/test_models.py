@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from toy_gguf import write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, TrainingArguments
 
 import deepseek_cookbook
@@ -62,7 +63,8 @@ def test_shape_counts_what_transformers_builds(model):
         ("deepseek-r1-distill-qwen-1.5b", 1.78), ("deepseek-r1-distill-qwen-7b", 7.62),
         ("deepseek-r1-distill-qwen-14b", 14.8), ("deepseek-r1-distill-qwen-32b", 32.8),
         ("deepseek-r1-distill-llama-8b", 8.03), ("deepseek-r1-distill-llama-70b", 70.6),
-        ("smollm2-135m-instruct", 0.1345),
+        ("smollm2-135m-instruct", 0.1345), ("qwen2.5-coder-0.5b-instruct", 0.494),
+        ("qwen2.5-coder-1.5b-instruct", 1.54),
     ],
 )
 def test_shape_is_the_published_size(name, published):
@@ -297,44 +299,6 @@ def test_a_gguf_file_that_lost_its_special_tokens_is_refused(tmp_path):
     write_gguf(gguf, tmp_path / "toy.gguf", load_model("tiny-llama", device="cpu"), tokenizer)
     with pytest.raises(ModelError, match="pieces.*own folder"):
         load_tokenizer(tmp_path / "toy.gguf", template="deepseek-v3")
-
-
-def write_gguf(gguf, path, model, tokenizer, bos=1):
-    "A llama.cpp file of the toy, 32-bit floats."
-    c, w = model.config, gguf.GGUFWriter(str(path), "llama")
-    w.add_block_count(c.num_hidden_layers)
-    w.add_context_length(c.max_position_embeddings)
-    w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size)
-    w.add_head_count(c.num_attention_heads)
-    w.add_head_count_kv(c.num_key_value_heads)
-    w.add_rope_freq_base(10000.0)
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_vocab_size(c.vocab_size)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    tokens = sorted(state["vocab"], key=state["vocab"].get)
-    w.add_tokenizer_model("gpt2")
-    w.add_token_list(tokens)
-    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["merges"]])
-    w.add_token_types([3 if t.startswith(("<|", "<｜", "<think", "</think")) else 1 for t in tokens])
-    w.add_bos_token_id(bos)
-    w.add_eos_token_id(tokenizer.eos_token_id)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    w.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    w.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
-    for i, layer in enumerate(model.model.layers):
-        for theirs, ours in names.items():
-            weight = layer.get_submodule(theirs).weight.detach()
-            if ours in ("attn_q", "attn_k"):  # llama.cpp interleaves the rotated halves
-                heads = c.num_attention_heads if ours == "attn_q" else c.num_key_value_heads
-                weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-            w.add_tensor(f"blk.{i}.{ours}.weight", weight.contiguous().numpy())
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
 
 
 # Errors

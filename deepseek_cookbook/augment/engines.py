@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/02e_augment.engines.ipynb #46ccd0e6
 from .translate import Translate, TranslateError, back_translate, need_language, text_language
-from ..models import ModelError, load_model, load_tokenizer
+from ..models import ModelError, load_model, load_tokenizer, precision
 
 # %% ../../nbs/02e_augment.engines.ipynb #0bcb44db
 REQUESTS = {
@@ -29,7 +29,8 @@ def chat_translator(
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
     target: str = "en",  # a key of REQUESTS
     batch: int = 16,  # texts a forward pass
-) -> Translate:
+    most: int = 512,  # tokens of a translation
+) -> Translate:  # blank where the model did not come to an end
     "One direction, into `target`."
     if target not in REQUESTS: raise TranslateError(f"target {target!r}: choose one of {', '.join(REQUESTS)}, "
                                                     "or add a request of your own to REQUESTS")
@@ -39,12 +40,15 @@ def chat_translator(
         ids = tokenizer([*map(prompt, texts)], return_tensors="pt", padding=True, padding_side="left",
                         add_special_tokens=False).to(model.device)
         longest = max(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
-        out = model.generate(**ids, max_new_tokens=3 * longest + 16, do_sample=False, temperature=None, top_p=None,
-                             top_k=None, pad_token_id=tokenizer.pad_token_id)
-        return [*map(_clean, tokenizer.batch_decode(out[:, ids["input_ids"].shape[1]:], skip_special_tokens=True))]
+        out = model.generate(**ids, max_new_tokens=min(3 * longest + 16, most), do_sample=False, temperature=None,
+                             top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id)
+        new = out[:, ids["input_ids"].shape[1]:]
+        ended = (new == tokenizer.eos_token_id).any(1).tolist()
+        return [_clean(t) if e else "" for t, e in zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended)]
     @torch.inference_mode()
     def translate(texts: list[str]) -> list[str]:
-        order, said = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
+        order = sorted((i for i, t in enumerate(texts) if t.strip()), key=lambda i: len(texts[i]))
+        said = dict.fromkeys(range(len(texts)), "")
         for k in range(0, len(order), batch):
             part = order[k:k + batch]
             said.update(zip(part, some([texts[i] for i in part])))
@@ -53,14 +57,16 @@ def chat_translator(
 
 # %% ../../nbs/02e_augment.engines.ipynb #dbf7e31b
 def chat_engine(
-    name: str,  # hub id, folder or .gguf file of an instruct model, such as Qwen/Qwen2.5-0.5B-Instruct
+    name: str = "qwen2.5-coder-0.5b-instruct",  # registry name, hub id, folder or .gguf file of an instruct model
     first: str = "zh",  # language of the texts
     second: str = "en",  # language in between
     batch: int = 16,  # texts a forward pass
     device: str | None = None,  # cuda or cpu; None: the best that is there
+    dtype: str | torch.dtype | None = None,  # of the weights; None: 16 bits where the hardware multiplies them
 ) -> tuple[Translate, Translate]:  # first -> second, second -> first
     "The two directions of one chat model."
-    try: model, tokenizer = load_model(name, device=device, dtype="auto").eval(), load_tokenizer(name)
+    dtype = dtype or precision(device).autocast or "auto"
+    try: model, tokenizer = load_model(name, device=device, dtype=dtype).eval(), load_tokenizer(name)
     except ModelError as e: raise TranslateError(f"no engine for {first!r}: {e}") from e
     there, back = (chat_translator(model, tokenizer, target, batch) for target in (second, first))
     def checked(texts: list[str]) -> list[str]:
@@ -79,7 +85,7 @@ def by_language(
     if missing := [i for i, code in enumerate(codes) if code not in engines]:
         i = missing[0]
         raise TranslateError(f"{len(missing)} texts have no engine, the first is text {i + 1}, {texts[i][:40]!r}, in "
-                             f"{codes[i]!r}; there are engines for {', '.join(engines)}. For zh: chat_engine('Qwen/…')")
+            f"{codes[i]!r}; there are engines for {', '.join(engines)}. For zh: chat_engine()")
     out = list(texts)
     for code, (there, back) in engines.items():
         own = [i for i, found in enumerate(codes) if found == code]

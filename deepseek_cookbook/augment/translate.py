@@ -47,11 +47,11 @@ def back_translate(
     there: Translate,  # first language -> second
     back: Translate,  # second -> first
 ) -> list[str]:  # as many, in order, reworded or not
-    "Say the texts again by way of another language."
+    "Say the texts again by way of another language; a sentence that came back blank stays as it was."
     parts = [sentences(t) for t in texts]
     going = [s for part in parts for s, _ in part if s]
     came = iter(_checked(back, _checked(there, going)))
-    return ["".join((next(came) if s else s) + gap for s, gap in part) for part in parts]
+    return ["".join(((next(came) or s) if s else s) + gap for s, gap in part) for part in parts]
 
 # %% ../../nbs/02a_augment.translate.ipynb #14e2ce51
 @lru_cache(1)

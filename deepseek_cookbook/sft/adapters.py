@@ -52,7 +52,7 @@ def whole_folder(
         for stale in (part, old) if folder.exists() else (part,): shutil.rmtree(stale, ignore_errors=True)
 
 # %% ../../nbs/03d_sft.adapters.ipynb #a7e9c2ce
-TWINS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # embedded model -> the hub's original
+TWINS = {m.name: m.hub for m in MODELS.values() if m.hub}  # embedded model -> the hub's original
 
 def base_name(
     path: str | Path,  # registry name, hub id, or a folder: ours, the hub's cache, or the user's own
