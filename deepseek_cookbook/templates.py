@@ -162,7 +162,9 @@ def _tokens(tokenizer, text: str, spans=(), inside: bool = False, **options) -> 
     for start, end in spans:
         first, last = (next((t for c in cs if (t := coded.char_to_token(c + len(lead))) is not None), None)
                        for cs in (range(start, end), range(end - 1, start - 1, -1)))
-        if first is not None: mask[first:last + 1] = [1] * (last + 1 - first)
+        if first is None: continue
+        while last + 1 < len(mask) and coded.token_to_chars(last + 1).start < end + len(lead): last += 1  # 好: 3 bytes
+        mask[first:last + 1] = [1] * (last + 1 - first)
     return coded["input_ids"][len(head):], mask[len(head):]
 
 def _spelled(tokenizer, token: str) -> list[int]:
