@@ -10,6 +10,7 @@ __all__ = ['TEMPLATES', 'DEEPSEEK_V3', 'TAGS', 'END', 'PROBE', 'SPARE', 'render'
 import json, re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -106,7 +107,7 @@ TAGS = ("<think>", "</think>")  # round reasoning; models write them, and people
 
 @lru_cache(8)
 def _control(tokenizer, template: str, size: int) -> tuple[re.Pattern, re.Pattern, bool, bool]:
-    "What finds control tokens in foreign texts and in answers; whether answers may hold reasoning, and may only close it."
+    "What finds control tokens in texts, and in answers; whether answers may hold reasoning, and may only close it."
     added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
     tags = {t.content: t.special for t in added if t.content in TAGS}
     frame = {*tokenizer.all_special_tokens, *tags} | {t.content for t in added if t.special
@@ -152,18 +153,27 @@ def stand_ins(
     return out, {c: token for token, c in found.items()}
 
 # %% ../nbs/00d_templates.ipynb #0ccdc74e
-def _tokens(tokenizer, text: str, spans=(), inside: bool = False, **options) -> tuple[list[int], list[int]]:
-    "Ids of a text that may stand `inside` another, and a 1 for each that a span touches."
+def _within(spans: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    "The spans inside a part of the text, counted from its beginning."
+    return [(max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start]
+
+def _tokens(tokenizer, text, spans=(), border=0, inside=False, **options) -> tuple[list[int], list[int]]:
+    "Ids of a text, perhaps `inside` another, and a 1 for each that a span touches; none reaches over `border`."
     def code(t): return tokenizer(t, add_special_tokens=False, **options)
     lead = "\n" if inside else ""  # some tokenizers mark the beginning of a text with a blank
     head, coded = code(lead)["input_ids"] if lead else [], code(lead + text)
     if coded["input_ids"][:len(head)] != head: lead, head, coded = "", [], code(text)
-    mask = [0] * len(coded["input_ids"])
+    skip, mask = len(lead), [0] * len(coded["input_ids"])
+    at = coded.char_to_token(border + skip) if 0 < border < len(text) else None
+    if at is not None and coded.token_to_chars(at).start < border + skip:
+        halves = (_tokens(tokenizer, text[a:b], _within(spans, a, b), 0, inside or a > 0)
+                  for a, b in ((0, border), (border, len(text))))
+        return tuple(sum(lists, []) for lists in zip(*halves))
     for start, end in spans:
-        first, last = (next((t for c in cs if (t := coded.char_to_token(c + len(lead))) is not None), None)
+        first, last = (next((t for c in cs if (t := coded.char_to_token(c + skip)) is not None), None)
                        for cs in (range(start, end), range(end - 1, start - 1, -1)))
-        if first is None: continue
-        while last + 1 < len(mask) and coded.token_to_chars(last + 1).start < end + len(lead): last += 1  # 好: 3 bytes
+        if first is None: continue  # below: a character may be several tokens
+        while last + 1 < len(mask) and coded.token_to_chars(last + 1).start < end + skip: last += 1
         mask[first:last + 1] = [1] * (last + 1 - first)
     return coded["input_ids"][len(head):], mask[len(head):]
 
@@ -172,12 +182,6 @@ def _spelled(tokenizer, token: str) -> list[int]:
     ids = _tokens(tokenizer, token, inside=True, split_special_tokens=True)[0]
     if not {*ids} & {*tokenizer.added_tokens_decoder}: return ids
     return [i for c in token for i in _tokens(tokenizer, c, inside=True)[0]]
-
-def _straddles(tokenizer, text: str, border: int) -> bool:
-    "Whether a token of `text` begins before `border` and ends after it."
-    coded = tokenizer(text, add_special_tokens=False)
-    token = coded.char_to_token(border)
-    return token is not None and coded.token_to_chars(token).start < border
 
 # %% ../nbs/00d_templates.ipynb #7f7a7c8d
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -191,18 +195,19 @@ def chat_ids(
     "A conversation as tokens, in which only the template writes control tokens."
     template = tokenizer.get_chat_template(tools=options.get("tools"))
     hidden, meant = stand_ins(tokenizer, messages)
-    texts, spans = render_jinja_template([hidden], chat_template=template, add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=bool(_MARKED.search(template)), **tokenizer.special_tokens_map | options)
-    text, spans, ids, mask, at = texts[0], [*spans[0]] if spans else [], [], [], 0
-    cuts = {p for i, c in enumerate(text) if c in meant for p in (i, i + 1)} if meant else set()
-    if spans and (own := spans[-1][0]):
-        before, after = max((c for c in cuts if c <= own), default=0), min((c for c in cuts if c > own), default=None)
-        if _straddles(tokenizer, text[before:after], own - before): cuts.add(own)
-    for end in sorted(cuts | {len(text)}):
-        part, inside = text[at:end], [(max(a, at) - at, min(b, end) - at) for a, b in spans if a < end and b > at]
-        if part in meant: new = (spelled := _spelled(tokenizer, meant[part])), [len(inside)] * len(spelled)
-        else: new = _tokens(tokenizer, part, inside, at > 0)
-        ids, mask, at = ids + new[0], mask + new[1], end
+    (text,), spans = render_jinja_template([hidden], chat_template=template,
+        add_generation_prompt=add_generation_prompt, return_assistant_tokens_mask=bool(_MARKED.search(template)),
+        **tokenizer.special_tokens_map | options)
+    spans = spans[0] if spans else []
+    border = spans[-1][0] if spans else 0  # where the row's own answer begins
+    places = [i for i, c in enumerate(text) if c in meant] if meant else []
+    cuts = {0, len(text), *places, *(i + 1 for i in places)}
+    ids, mask = [], []
+    for start, end in pairwise(sorted(cuts)):
+        part, inner = text[start:end], _within(spans, start, end)
+        if part in meant: new = (pieces := _spelled(tokenizer, meant[part])), [len(inner)] * len(pieces)
+        else: new = _tokens(tokenizer, part, inner, border - start, start > 0)
+        ids, mask = ids + new[0], mask + new[1]
     return dict(input_ids=ids, assistant_masks=mask)
 
 # %% ../nbs/00d_templates.ipynb #7f8472be
@@ -255,8 +260,8 @@ def check_prefix(tokenizer: PreTrainedTokenizerBase):
     for chat in (PROBE, PROBE + PROBE):
         prompt, row = chat_ids(tokenizer, chat[:-1], add_generation_prompt=True), chat_ids(tokenizer, chat)
         n = len(prompt["input_ids"])
-        if row["input_ids"][:n] != prompt["input_ids"]: raise ValueError("the prompt is no prefix of the row: the model "
-            f"is asked behind {tokenizer.decode(prompt['input_ids'])[-40:]!r} and trained in "
+        if row["input_ids"][:n] != prompt["input_ids"]: raise ValueError("the prompt is no prefix of the row: the "
+            f"model is asked behind {tokenizer.decode(prompt['input_ids'])[-40:]!r} and trained in "
             f"{tokenizer.decode(row['input_ids'])[-60:]!r}. Make the template write both alike")
 
 # %% ../nbs/00d_templates.ipynb #390b57eb

@@ -24,8 +24,8 @@ from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
 from .adapters import save_adapter, whole_folder
-from .checks import (LastBatches, TrainError, check_checkpoint, check_rows, row_lengths, to_dataset,
-                                          told_plainly)
+from .checks import LastBatches, TrainError, check_checkpoint, check_rows, told_plainly
+from .checks import row_lengths, to_dataset
 from .distributed import is_main, on_main, one_failure, world_size
 from .lora import lora_config
 from .losses import TermsTrainer
