@@ -90,7 +90,9 @@ TEMPLATES["deepseek-v3"] = DEEPSEEK_V3.replace("ANSWER",
 TEMPLATES["deepseek-r1"] = DEEPSEEK_V3.replace("ANSWER", """\
 {%- set content = message.content -%}
         {%- if not loop.last -%}
-            {{- content.split('</think>')[-1] + eos_token -}}
+            {%- set content = content.split('</think>')[-1] + eos_token -%}
+            {%- if messages[-1].role == 'assistant' -%}{{- content -}}
+            {%- else -%}{%- generation -%}{{- content -}}{%- endgeneration -%}{%- endif -%}
         {%- else -%}
             {{- '<think>\\n' -}}
             {%- if content.lstrip().startswith('<think>') -%}
@@ -199,7 +201,7 @@ def chat_ids(
         add_generation_prompt=add_generation_prompt, return_assistant_tokens_mask=bool(_MARKED.search(template)),
         **tokenizer.special_tokens_map | options)
     spans = spans[0] if spans else []
-    border = spans[-1][0] if spans else 0  # where the row's own answer begins
+    border = spans[-1][0] if spans and messages[-1]["role"] == "assistant" else 0  # where the row's own answer begins
     places = [i for i, c in enumerate(text) if c in meant] if meant else []
     cuts = {0, len(text), *places, *(i + 1 for i in places)}
     ids, mask = [], []
