@@ -245,7 +245,7 @@ def test_a_row_longer_than_the_window_is_named(tmp_path):
 def test_rows_that_are_left_out_are_in_the_log_and_in_the_result(tmp_path):
     """An answer that doesn't end before max_length would teach not to stop."""
     rows = RECORDS + [record("word " * 200, "Late.")] * 2 + [record("Long?", "word " * 200)]
-    _, figures = train_sft(short(), rows, RECORDS[:4], tmp_path)
+    _, figures = train_sft(short("sft.max_length=128"), rows, RECORDS[:4], tmp_path)
     assert (figures["left_out"], figures["left_out_validation"], figures["rows"]) == (3, 0, len(rows))
     notes = [r["message"] for r in read_jsonl(tmp_path / "metrics.jsonl") if r.get("guard") == "data"]
     assert notes == [f"train: 3 of {len(rows)} rows left out, their answers go beyond 128 tokens"]
