@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from deepseek_cookbook.models import load_tokenizer
+from deepseek_cookbook.ppo.rollout import prompt_ids
 from deepseek_cookbook.reward.losses import bradley_terry, head_targets, multi_head, triplet
 from deepseek_cookbook.reward.model import (
     PURPOSES,
@@ -331,3 +332,23 @@ def test_every_purpose_names_what_exists():
     assert find_reward("deepseek-r1-rm-chat") is PURPOSES["chat"]
     with pytest.raises(RewardModelError, match="unknown"):
         find_reward("truth")
+
+
+# ---------------------------------------------------------------- what the policy wrote
+
+
+@hypothesis_settings(deadline=None, max_examples=40)
+@given(st.text("ab 好.\n", max_size=12), st.text("Zinc。 ", min_size=1, max_size=12),
+       st.sampled_from(["tiny-llama", "tiny-qwen2", "tiny-deepseek-v3"]))  # fmt: skip
+def test_the_reward_model_reads_the_tokens_of_the_rollout(thought, said, name):
+    tokenizer, ask = load_tokenizer(name), [dict(role="user", content="Name a metal.<|im_end|>")]
+    if name == "tiny-qwen2":  # R1's template: the prompt has opened the reasoning
+        said = thought + "</think>\n\n" + said
+    own = tokenizer(said, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    behind = tokenizer("\n", add_special_tokens=False)["input_ids"] if name == "tiny-llama" else []
+    assert encode(tokenizer, ask, said)[0] == prompt_ids(tokenizer, ask) + own + behind
+
+
+def test_a_pair_without_reasoning_is_read_where_the_policy_answers():
+    tokenizer, ask = load_tokenizer("tiny-qwen2"), [dict(role="user", content="Name a metal.")]
+    assert encode(tokenizer, ask, "Zinc.")[0] == encode(tokenizer, ask, "\n</think>\n\nZinc.")[0]

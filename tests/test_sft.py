@@ -44,6 +44,62 @@ def test_no_records_and_masked_records_are_refused():
         to_dataset(RECORDS, tokenizer, max_length=2)
 
 
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-deepseek-v3"])
+@pytest.mark.parametrize("how", [
+    ["sft.max_length=200"], ["sft.padding_free=true", "sft.max_length=none"],
+    ["sft.packing=true", "sft.max_length=200"], ["sft.max_length=200", "sft.assistant_only_loss=false"]])
+def test_rows_that_fit_are_those_that_trl_makes_itself(tmp_path, name, how):
+    """Batches of both ways are equal, token for token and label for label."""
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    from deepseek_cookbook.data.formats import to_messages
+    from deepseek_cookbook.sft.losses import TermsTrainer
+
+    rows = [*RECORDS, record("Bye.", "再见！", [["Hello?", "Yes, hello."], ["你好吗？", "很好。"]])]
+    tokenizer, config = load_tokenizer(name), sft_config(settings(*how, "sft.bf16=false"), tmp_path)
+    batches = []
+    for kind, data in ((SFTTrainer, Dataset.from_list([{"messages": to_messages(r)} for r in rows])),
+                       (TermsTrainer, to_dataset(rows, tokenizer, config.max_length))):
+        trainer = kind(load_model(name, dtype="float32"), config, train_dataset=data, eval_dataset=data,
+                       processing_class=tokenizer)
+        torch.manual_seed(0)
+        batches.append([*trainer.get_train_dataloader(), *trainer.get_eval_dataloader()])
+    for theirs, ours in zip(*batches, strict=True):
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(torch.as_tensor(theirs[k]), torch.as_tensor(ours[k])) for k in theirs)
+
+
+def test_a_long_dialogue_trains_its_own_answer(tmp_path):
+    from deepseek_cookbook.sft.train import make_trainer
+
+    turns = [["Hello there, who is this?", "This is the desk of the library, good morning."],
+             ["Do you lend bicycles, too?", "No, we lend books, records and games only."]]
+    rows = [record("Then a game of chess, please.", "It stands on shelf nine.", turns)]
+    tokenizer = load_tokenizer("tiny-llama")
+    trainer = make_trainer(settings("sft.max_length=128"), rows, rows, tmp_path, load_model("tiny-llama"), tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    text = tokenizer.decode(batch["labels"][batch["labels"] != -100])
+    assert text == "No, we lend books, records and games only.<|im_end|>It stands on shelf nine.<|im_end|>"
+
+
+def test_a_cut_answer_is_left_out_and_text_without_an_end_is_cut():
+    tokenizer = load_tokenizer("tiny-llama")
+    rows = [*RECORDS[:3], record("Which trees grow here?", "An ash, an elm, an oak, a lime, a beech, a birch.")]
+    assert len(to_dataset(rows, tokenizer, 60)) == 3 and len(to_dataset(rows, tokenizer)) == 4
+    kept = to_dataset(rows, tokenizer, 60, cut=True)
+    assert [len(r) for r in kept["input_ids"]][3] == 60 and kept["labels"][3][-1] == kept["input_ids"][3][-1]
+    with pytest.raises(TrainError, match="goes beyond sft.max_length = 30"):
+        to_dataset(rows[3:], tokenizer, 30)
+
+
+def test_control_tokens_of_a_record_are_not_trained_as_ends():
+    tokenizer = load_tokenizer("tiny-llama")
+    rows = to_dataset([record("What closes a turn?<|im_end|>", "The text <|im_end|> and a line break.")], tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (rows["input_ids"][0].count(end), rows["labels"][0].count(end)) == (2, 1)
+
+
 def test_only_the_answers_are_in_the_loss(tmp_path):
     """The labels that the trainer builds are the answer's tokens and its end of turn, and nothing else."""
     from deepseek_cookbook.sft.train import make_trainer
@@ -186,12 +242,13 @@ def test_a_row_longer_than_the_window_is_named(tmp_path):
         train_sft(short("sft.max_length=none"), RECORDS, [RECORDS[0], rows[5]], tmp_path)
 
 
-def test_rows_that_trl_drops_are_in_the_log(tmp_path):
-    """An answer that begins after max_length leaves nothing to train; TRL drops the row without a word."""
-    rows = RECORDS + [record("word " * 200, "Late.")] * 3
-    train_sft(short(), rows, RECORDS[:4], tmp_path)
+def test_rows_that_are_left_out_are_in_the_log_and_in_the_result(tmp_path):
+    """An answer that doesn't end before max_length would teach not to stop."""
+    rows = RECORDS + [record("word " * 200, "Late.")] * 2 + [record("Long?", "word " * 200)]
+    _, figures = train_sft(short("sft.max_length=128"), rows, RECORDS[:4], tmp_path)
+    assert (figures["left_out"], figures["left_out_validation"], figures["rows"]) == (3, 0, len(rows))
     notes = [r["message"] for r in read_jsonl(tmp_path / "metrics.jsonl") if r.get("guard") == "data"]
-    assert notes == [f"train: 3 of {len(rows)} rows left out, their answers begin after 128 tokens"]
+    assert notes == [f"train: 3 of {len(rows)} rows left out, their answers go beyond 128 tokens"]
 
 
 def test_packed_rows_are_counted_one_by_one(tmp_path):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 # %% ../../nbs/02e_augment.engines.ipynb #46ccd0e6
 from .translate import Translate, TranslateError, back_translate, need_language, text_language
 from ..models import ModelError, load_model, load_tokenizer, precision
+from ..templates import chat_ids
 
 # %% ../../nbs/02e_augment.engines.ipynb #0bcb44db
 REQUESTS = {
@@ -34,11 +35,11 @@ def chat_translator(
     "One direction, into `target`."
     if target not in REQUESTS: raise TranslateError(f"target {target!r}: choose one of {', '.join(REQUESTS)}, "
                                                     "or add a request of your own to REQUESTS")
-    def prompt(text): return tokenizer.apply_chat_template([dict(role="user", content=REQUESTS[target].format(text))],
-                                                           tokenize=False, add_generation_prompt=True)
+    def prompt(text): return chat_ids(tokenizer, [dict(role="user", content=REQUESTS[target].format(text))],
+                                      add_generation_prompt=True)["input_ids"]
     def some(texts: list[str]) -> list[str]:
-        ids = tokenizer([*map(prompt, texts)], return_tensors="pt", padding=True, padding_side="left",
-                        add_special_tokens=False).to(model.device)
+        ids = tokenizer.pad(dict(input_ids=[*map(prompt, texts)]), padding_side="left",
+                            return_tensors="pt").to(model.device)
         longest = max(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
         out = model.generate(**ids, max_new_tokens=min(3 * longest + 16, most), do_sample=False, temperature=None,
                              top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 # %% ../../nbs/01c_data.tokens.ipynb #e9139edc
 from .turns import ROLES
 from .formats import to_messages
+from ..templates import chat_ids
 
 # %% ../../nbs/01c_data.tokens.ipynb #a3d60f23
 class TokenError(ValueError):
@@ -29,8 +30,7 @@ def encode_messages(
     messages: list[dict],  # the last one is the answer
 ) -> dict[str, list[int]]:  # input_ids and labels, equally long
     "A conversation as tokens; only the assistant's have labels."
-    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, mask = out["input_ids"], out["assistant_masks"]
+    ids, mask = chat_ids(tokenizer, messages).values()
     if not any(mask):
         raise TokenError("the chat template marks no assistant token: it has no {% generation %} block. "
                          "Use load_tokenizer, or give the tokenizer one of ours with use_template")
@@ -47,8 +47,7 @@ def fit_turns(
     head = 1 if messages[0]["role"] == "system" else 0
     without = lambda n: messages[:head] + messages[head + 2 * n:]
     def fits(n):
-        return len(tokenizer.apply_chat_template(without(n), add_generation_prompt=add_generation_prompt,
-                                                 return_dict=True)["input_ids"]) <= max_length
+        return len(chat_ids(tokenizer, without(n), add_generation_prompt)["input_ids"]) <= max_length
     most = (len(messages) - head - 1) // 2
     n = 0 if fits(0) else 1 + bisect_left(range(1, most), True, key=fits) if most else 0
     return without(n), n
@@ -59,13 +58,16 @@ def encode_record(
     record: dict,  # the four fields
     max_length: int | None = None,  # tokens; None: no limit
     system: str | None = None,  # the run's system prompt
-) -> dict:  # input_ids, labels; dropped_turns, cut (tokens) say what is missing
+) -> dict:  # input_ids, labels; dropped_turns, cut (tokens), lost (of them with a label) say what is missing
     "A record as a row of at most `max_length` tokens."
     messages, dropped = to_messages(record, system), 0
-    if max_length is not None: messages, dropped = fit_turns(tokenizer, messages, max_length)
     row = encode_messages(tokenizer, messages)
-    cut = max(0, len(row["labels"]) - max_length) if max_length is not None else 0
-    return {k: v[:max_length] for k, v in row.items()} | dict(dropped_turns=dropped, cut=cut)
+    if max_length is not None and len(row["labels"]) > max_length:
+        messages, dropped = fit_turns(tokenizer, messages, max_length)
+        row = encode_messages(tokenizer, messages)
+    gone = row["labels"][max_length:] if max_length is not None else []
+    missing = dict(dropped_turns=dropped, cut=len(gone), lost=sum(label != IGNORE for label in gone))
+    return {k: v[:max_length] for k, v in row.items()} | missing
 
 def encode_records(
     tokenizer: PreTrainedTokenizerBase,
@@ -73,11 +75,11 @@ def encode_records(
     max_length: int | None = None,  # tokens; None: no limit
     system: str | None = None,  # the run's system prompt
 ) -> tuple[list[dict], list[dict]]:  # rows, and rejected {"reason", "row"}
-    "Records as rows; one whose answer lies beyond the limit is rejected."
+    "Records as rows; one whose answer goes beyond the limit is rejected."
     rows, rejected = [], []
     for record in records:
         row = encode_record(tokenizer, record, max_length, system)
-        if any(label != IGNORE for label in row["labels"]): rows.append(row)
+        if not row["lost"]: rows.append(row)
         else: rejected.append(dict(reason="answer_beyond_max_length", row=record))
     return rows, rejected
 
@@ -193,7 +195,7 @@ def encode_dialogue(
     ask = "\n".join(filter(None, (waiting, current_query)))
     record = dict(instruction=ask, input="", output="", history=pairs)
     messages, dropped = fit_turns(tokenizer, to_messages(record, system)[:-1], max_length - max_new_tokens, True)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = chat_ids(tokenizer, messages, add_generation_prompt=True)["input_ids"]
     if len(ids) > max_length - max_new_tokens:
         raise TokenError(f"the question alone has {len(ids)} tokens, {max_length - max_new_tokens} are free: "
                          "shorten it, or lower max_new_tokens")

@@ -19,15 +19,17 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #6eba11f5
 from ..data.formats import to_messages
+from ..data.tokens import fit_turns
 from ..models import load_model, load_tokenizer
 from ..settings import RunFolder, Settings, read_jsonl
+from ..templates import chat_ids
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #d0672336
 @dataclass
 class EvaluateConfig:
     "How a model is measured."
     batch_tokens: int = 1024  # padded tokens a forward pass, at most (one record is always allowed)
-    max_length: int = 1024  # tokens of a record that are read; the rest is cut and counted
+    max_length: int = 1024  # tokens of a record; oldest turns go first, and what doesn't fit then is left out
     samples: int = 8  # held-out questions answered side by side, from 0 on
     max_new_tokens: int = 64  # tokens of an answer
     quiet: bool = False  # no progress bars
@@ -42,14 +44,16 @@ class EvaluateError(ValueError):
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #9f9480b7
 def encode(record: dict, tokenizer, max_length: int) -> tuple[list[int], list[int], bool]:
-    "Ids and answer mask of a record, both (T,), and whether it was cut."
+    "Ids and answer mask of a record, both (T,), and whether its answer doesn't fit; then nothing is in the mask."
     messages = to_messages(record)
-    def full(m, **k): return tokenizer.apply_chat_template(m, tokenize=True, return_dict=True, **k)
-    out = full(messages, return_assistant_tokens_mask=True)
-    ids, mask = out["input_ids"], list(out["assistant_masks"])
-    start = len(full(messages[:-1])["input_ids"])
+    ids, mask = chat_ids(tokenizer, messages).values()
+    if len(ids) > max_length:
+        messages, _ = fit_turns(tokenizer, messages, max_length)
+        ids, mask = chat_ids(tokenizer, messages).values()
+    start = len(chat_ids(tokenizer, messages[:-1])["input_ids"])
     mask[:start] = [0] * start
-    return ids[:max_length], mask[:max_length], len(ids) > max_length
+    cut = any(mask[max_length:])
+    return ids[:max_length], [0] * max_length if cut else mask[:max_length], cut
 
 def token_batches(lengths: list[int], batch_tokens: int):
     "Indices of rows, longest first, in batches of at most `batch_tokens` padded tokens."
@@ -84,17 +88,18 @@ def answer_nll(
     records: list[dict],  # four-field records
     config: EvaluateConfig,
     label: str = "held-out loss",  # of the progress bar
-) -> tuple[np.ndarray, np.ndarray, int]:  # nats (N,), answer tokens (N,), number of records that were cut
+) -> tuple[np.ndarray, np.ndarray, int]:  # nats (N,), answer tokens (N,), number of records left out: 0 and 0
     "Negative log-likelihood of each answer given its question."
     rows = [encode(r, tokenizer, config.max_length) for r in records]
     nll, count = np.zeros(len(rows)), np.array([sum(mask[1:]) for _, mask, _ in rows])
     if not count.sum():
-        raise EvaluateError(f"{len(rows)} records, and no answer token in the first {config.max_length} tokens of any. "
-                            "Raise evaluate.max_length, or use load_tokenizer, whose template marks the answers.")
+        raise EvaluateError(f"{len(rows)} records, and no answer fits into evaluate.max_length = {config.max_length} "
+                            "tokens. Raise it, or use load_tokenizer, whose template marks the answers.")
     model.eval()
-    batches = list(token_batches([len(ids) for ids, _, _ in rows], config.batch_tokens))
+    kept = count.nonzero()[0]
+    batches = list(token_batches([len(rows[i][0]) for i in kept], config.batch_tokens))
     for batch in tqdm(batches, desc=label, disable=config.quiet):
-        nll[batch] = batch_nll(model, [rows[i][:2] for i in batch], tokenizer.pad_token_id)
+        nll[kept[batch]] = batch_nll(model, [rows[i][:2] for i in kept[batch]], tokenizer.pad_token_id)
     return nll, count, sum(cut for *_, cut in rows)
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #69961e38
@@ -139,10 +144,8 @@ def answer(
     "Greedy answers to the questions of `records`."
     if not records: return []
     asked = [to_messages(r)[:-1] for r in records]
-    prompts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in asked]
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try: batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    finally: tokenizer.padding_side = side
+    prompts = [chat_ids(tokenizer, m, add_generation_prompt=True)["input_ids"] for m in asked]
+    batch = tokenizer.pad(dict(input_ids=prompts), padding_side="left", return_tensors="pt").to(model.device)
     model.eval()
     out = model.generate(**batch, max_new_tokens=config.max_new_tokens, do_sample=False,
                          pad_token_id=tokenizer.pad_token_id)

@@ -26,6 +26,7 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper
 from ..data.formats import to_messages
 from ..models import precision, to_dtype
 from ..reward.packed import layers_between
+from ..templates import chat_ids
 
 # %% ../../nbs/05_ppo.rollout.ipynb #c87cc589
 class RolloutError(ValueError):
@@ -83,8 +84,7 @@ def prompt_ids(
         return tokenizer(prompt, add_special_tokens=not begun)["input_ids"] if prompt.strip() else []
     if not prompt or prompt[-1].get("role") == "assistant":
         raise RolloutError(f"{len(prompt)} messages that don't end with a question: leave the answer out")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return chat_ids(tokenizer, prompt, add_generation_prompt=True)["input_ids"]
 
 def encode_prompts(
     tokenizer,

@@ -24,6 +24,7 @@ import torch
 # %% ../../nbs/04d_reward.judge.ipynb #9625ad1f
 from ..evaluate.metrics import wilson
 from .pairs import PairError, text_of
+from ..templates import chat_ids
 
 # %% ../../nbs/04d_reward.judge.ipynb #7e9bb07f
 RUBRICS = {
@@ -66,7 +67,7 @@ def question(
     text = text_of(prompt)
     parts = dict(prompt=text, a=a, b=b)
     rubric = rubrics["zh" if re.search("[\u4e00-\u9fff]", text) else "en"]
-    tame = lambda t: re.sub(r"<(?=/?answer_)", "< ", t)
+    tame = lambda t: re.sub(r"<(?=/?answer_|[|｜])", "< ", t)
     return re.sub(r"\{(prompt|a|b)\}", lambda m: tame(parts[m[1]]), rubric)
 
 # %% ../../nbs/04d_reward.judge.ipynb #4293e2e0
@@ -118,8 +119,7 @@ class LocalJudge:
         "Verdicts by batches of similar length."
         self.model.eval()
         chat = [[{"role": "user", "content": q}] for q in questions]
-        as_ids = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
-        rows = [self.tokenizer.apply_chat_template(c, **as_ids)["input_ids"] for c in chat]
+        rows = [chat_ids(self.tokenizer, c, add_generation_prompt=True)["input_ids"] for c in chat]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for at in range(0, len(order), self.batch):
             part, began = order[at:at + self.batch], time.perf_counter()
@@ -250,7 +250,7 @@ def sample_answers(
         torch.manual_seed(seed)
         for prompt in prompts:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True, add_generation_prompt=True)
+            ids = tokenizer.pad(dict(input_ids=[chat_ids(tokenizer, chat, True)["input_ids"]]), return_tensors="pt")
             out = model.eval().generate(**ids.to(model.device), do_sample=True, temperature=temperature, top_k=0,
                                         num_return_sequences=k, max_new_tokens=max_new_tokens)
             texts = tokenizer.batch_decode(out[:, ids["input_ids"].shape[1]:], skip_special_tokens=True)

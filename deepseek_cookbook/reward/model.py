@@ -32,6 +32,7 @@ from .packed import layer_of, packed_pairs
 from .pairs import to_pair, to_preference
 from ..runlog import make_trackers
 from ..settings import Settings, SettingsError, nearest, read_json, write_json
+from ..templates import chat_ids
 from ..sft.lora import lora_config
 from ..sft.train import Bar, TrainError, last_checkpoint, told_plainly
 
@@ -137,7 +138,7 @@ def encode(
     long: str = "refuse",  # refuse | cut
 ) -> tuple[list[int], int]:  # ids; how many were cut
     "A question with its answer as the model reads it."
-    ids = tokenizer.apply_chat_template(as_messages(prompt, completion), tokenize=True, return_dict=True)["input_ids"]
+    ids = chat_ids(tokenizer, as_messages(prompt, completion))["input_ids"]
     over = max(0, len(ids) - (max_length or len(ids)))
     if over and long == "refuse":
         raise RewardModelError(f"{len(ids)} tokens, and {max_length} are allowed: {str(completion)[:60]!r}. Raise "

@@ -11,6 +11,7 @@ import json, math, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from fastcore.basics import patch
@@ -18,8 +19,10 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/03h_sft.checks.ipynb #e3ff2d32
 from ..data.formats import to_messages
+from ..data.tokens import TokenError, encode_record
 from ..planner import PlanError, largest_rows, make_job, memory, ways_out
 from ..settings import Settings, write_jsonl
+from ..templates import chat_ids
 from .distributed import rank
 
 # %% ../../nbs/03h_sft.checks.ipynb #fab03176
@@ -29,27 +32,32 @@ class TrainError(RuntimeError):
 def to_dataset(
     records: list[dict],  # four-field records
     tokenizer,  # with a chat template that marks assistant turns
-    max_length: int | None = None,  # tokens; an answer must begin before it
+    max_length: int | None = None,  # tokens; the oldest turns go first, and an answer must end before it
     side: str = "train",  # which records these are, for the message
-) -> Dataset:  # one column: messages
-    "Records as TRL wants them; raises `TrainError` if no token would be trained."
+    cut: bool = False,  # keep rows whose answer is cut: for text that has no end
+) -> Dataset:  # messages, input_ids, labels
+    "Records as TRL takes them without changing them; raises `TrainError` if none is left."
     if not records:
         raise TrainError(f"no records on the {side} side. Look into data/rejected.jsonl for the reasons, "
                          "or set another data.source.")
     if calls := next((i for i, r in enumerate(records, 1) if r.get("messages") or r.get("tools")), None):
         raise TrainError(f"record {calls} of the {side} side calls tools, or names them; the templates here write "
                          "none. Leave such rows out of data.source.")
-    rows = [{"messages": to_messages(r)} for r in records]
-    if not any(answer_tokens(tokenizer, r["messages"], max_length) for r in rows[:32]):
-        raise TrainError("the chat template marks no assistant token in the first 32 records: it has no "
-                         f"{{% generation %}} block, or the answers begin after sft.max_length = {max_length} tokens. "
-                         "Use load_tokenizer, or raise sft.max_length.")
+    rows = []
+    for r in records:
+        try: row = encode_record(tokenizer, r, max_length)
+        except TokenError as e: raise TrainError(str(e)) from None
+        ids, labels = (np.array(row[k], np.int32) for k in ("input_ids", "labels"))
+        if (labels >= 0).any() and (cut or not row["lost"]):
+            rows.append(dict(messages=to_messages(r), input_ids=ids, labels=labels))
+    if not rows:
+        raise TrainError(f"no row of the {side} side is left: every answer goes beyond sft.max_length = {max_length} "
+                         "tokens. Raise sft.max_length.")
     return Dataset.from_list(rows)
 
 def answer_tokens(tokenizer, messages: list[dict], max_length: int | None = None) -> int:
     "Number of tokens of `messages` that are in the loss."
-    out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    return sum(out["assistant_masks"][:max_length])
+    return sum(chat_ids(tokenizer, messages)["assistant_masks"][:max_length])
 
 # %% ../../nbs/03h_sft.checks.ipynb #97e0680a
 def row_lengths(dataset) -> list[int]:
@@ -67,14 +75,14 @@ def check_rows(
     "Raise `TrainError` for a row longer than the window, or if none is left."
     lengths = row_lengths(dataset)
     if not lengths:
-        raise TrainError(f"no row of the {side} side is left: every answer begins after sft.max_length = {max_length} "
+        raise TrainError(f"no row of the {side} side is left: every answer goes beyond sft.max_length = {max_length} "
                          "tokens. Raise sft.max_length.")
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if window and lengths[longest] > window:
         raise TrainError(f"{side} row {longest} (from 0) has {lengths[longest]} tokens, the model's window has "
                          f"{window}. Shorten or drop it, or cut rows by sft.max_length (with sft.padding_free=false).")
     lost = records - len(lengths)
-    if lost > 0: return f"{side}: {lost} of {records} rows left out, their answers begin after {max_length} tokens"
+    if lost > 0: return f"{side}: {lost} of {records} rows left out, their answers go beyond {max_length} tokens"
 
 # %% ../../nbs/03h_sft.checks.ipynb #d5307b0b
 _SHAPE = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora")

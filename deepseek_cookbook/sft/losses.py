@@ -410,6 +410,11 @@ class TermsTrainer(AdversarialTrainer):
         if config.label_smoothing and a.loss_type != "nll":
             raise LossError(f"loss.label_smoothing belongs to cross-entropy, and sft.loss_type is {a.loss_type}.")
 
+    def _prepare_dataset(self, dataset, processing_class, args, *options):
+        "Rows come with labels of the answers; where everything is trained, TRL makes its own."
+        if not args.assistant_only_loss and "labels" in dataset.column_names: dataset = dataset.remove_columns("labels")
+        return super()._prepare_dataset(dataset, processing_class, args, *options)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "TRL's loss and, in training, the terms."
         plain = dict(return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)

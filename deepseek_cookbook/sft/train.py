@@ -24,7 +24,8 @@ from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
 from .adapters import save_adapter, whole_folder
-from .checks import LastBatches, TrainError, check_checkpoint, check_rows, to_dataset, told_plainly
+from .checks import LastBatches, TrainError, check_checkpoint, check_rows, told_plainly
+from .checks import row_lengths, to_dataset
 from .distributed import is_main, on_main, one_failure, world_size
 from .lora import lora_config
 from .losses import TermsTrainer
@@ -123,10 +124,10 @@ def make_trainer(settings: Settings, train, validation, folder, model, tokenizer
     config, options, terms = sft_config(settings, folder), settings.build("train"), settings.build("loss")
     if config.gradient_checkpointing and precision().device == "cpu": return_freed_memory()
     model = ready_base(settings, model)
-    data = dict(train_dataset=to_dataset(train, tokenizer, config.max_length),
-                eval_dataset=to_dataset(validation, tokenizer, config.max_length, "validation"))
-    if terms.ewc_lambda:
-        data["old_dataset"] = to_dataset(old_records(options, config.seed), tokenizer, config.max_length, "old text")
+    def rows(side, records, cut=not config.assistant_only_loss):
+        return to_dataset(records, tokenizer, config.max_length, side, cut)
+    data = dict(train_dataset=rows("train", train), eval_dataset=rows("validation", validation))
+    if terms.ewc_lambda: data["old_dataset"] = rows("old text", old_records(options, config.seed), cut=True)
     trainer = CookbookTrainer(model, config, **data, processing_class=tokenizer, terms=terms, callbacks=list(callbacks),
                               peft_config=None if options.full else lora_config(model, settings["lora"]))
     trainer.optim_config = settings.build("optim")
@@ -164,12 +165,15 @@ def open_log(settings: Settings, folder: Path) -> MetricsLog:
     return MetricsLog(folder / "metrics.jsonl", trackers)
 
 # %% ../../nbs/03c_sft.train.ipynb #b8221ea1
-def check_trainer(trainer: CookbookTrainer, records: dict[str, int], log: MetricsLog):
-    "Raise for rows that the model can't read; note in the log what TRL left out."
+def check_trainer(trainer: CookbookTrainer, records: dict[str, int], log: MetricsLog) -> dict[str, int]:
+    "Raise for rows that the model can't read; say in the log, and return, how many were left out."
     window = getattr(trainer.model.config, "max_position_embeddings", None)
-    for side, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+    sides = dict(train=trainer.train_dataset, validation=trainer.eval_dataset)
+    for side, dataset in sides.items():
         left_out = check_rows(dataset, records[side], window, trainer.args.max_length, side)
         if left_out: log.event(0, "note", "data", left_out)
+    lost = {side: max(0, records[side] - len(row_lengths(dataset))) for side, dataset in sides.items()}
+    return dict(left_out=lost["train"], left_out_validation=lost["validation"])
 
 def save_trained(trainer: CookbookTrainer, folder: Path):
     "Save the adapter, or the whole model; sharded weights are collected by all processes, and the main one writes."
@@ -203,12 +207,12 @@ def train_sft(
             callbacks = make_callbacks(settings, config, log, tokenizer, folder)
             trainer = make_trainer(settings, train, validation, folder, base, tokenizer, callbacks)
             check_checkpoint(checkpoint or folder / "adapter", trainer.model, world_size())
-            check_trainer(trainer, dict(train=len(train), validation=len(validation)), log)
+            left_out = check_trainer(trainer, dict(train=len(train), validation=len(validation)), log)
             trainer.train(resume_from_checkpoint=checkpoint)
             save_trained(trainer, folder)
             figures = sft_figures(trainer, log.rows, checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # computes as loaded again
-    return model, figures | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1))
+    return model, figures | left_out | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1))
 
 def prepare_folder(folder: Path, resume: bool) -> str | None:
     "Where to go on; without `resume`, the folder is emptied."
