@@ -1252,6 +1252,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'deepseek_cookbook/ppo/constitution.py'),
                                                     'deepseek_cookbook.ppo.constitution.RuleJudge.ask': ( 'ppo.constitution.html#rulejudge.ask',
                                                                                                           'deepseek_cookbook/ppo/constitution.py'),
+                                                    'deepseek_cookbook.ppo.constitution._as_folder': ( 'ppo.constitution.html#_as_folder',
+                                                                                                       'deepseek_cookbook/ppo/constitution.py'),
                                                     'deepseek_cookbook.ppo.constitution._conversation': ( 'ppo.constitution.html#_conversation',
                                                                                                           'deepseek_cookbook/ppo/constitution.py'),
                                                     'deepseek_cookbook.ppo.constitution._few_steps': ( 'ppo.constitution.html#_few_steps',

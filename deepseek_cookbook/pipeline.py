@@ -60,7 +60,7 @@ def file_digest(path: Path) -> str:
     if not path.is_file(): return "missing"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-FILES = (("data", "source"), ("data", "mix"), ("clean", "evaluation"), ("train", "general"),
+FILES = (("model", "template"), ("data", "source"), ("data", "mix"), ("clean", "evaluation"), ("train", "general"),
          ("constitution", "file"))  # settings that may name files of the user's
 
 def _listed(value) -> list[str]: return [value or ""] if isinstance(value, str | None) else list(value)
@@ -181,11 +181,11 @@ def cook(
     tell=print,  # called with a line before and after each phase
 ) -> dict[str, dict]:  # the result.json of each phase
     "Walk the path; what is finished is skipped, what was cut off goes on."
-    from deepseek_cookbook.models import load_tokenizer
+    from deepseek_cookbook.models import tokenizer_of
     settings = settings or load_settings()
     run, phases, records = settings.run_folder, select(only), {}
     with locked(run):
-        load_tokenizer(settings["model"]["name"])
+        tokenizer_of(settings["model"])
         check_settings(phases, settings)
         for i, phase in enumerate(phases, 1):
             check_inputs(phase, run)

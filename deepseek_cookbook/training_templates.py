@@ -172,6 +172,7 @@ def twins(folder: str | Path) -> list[BaseModel]:
     "Registered models that a folder may be a copy of, the best guess first."
     try: config = json.loads((Path(folder)/"config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return []
+    if not isinstance(config, dict): return []
     named, real = find_model(config.get("_name_or_path") or ""), [m for m in MODELS.values() if m.task != "test"]
     def sizes(s: Shape): return (s.layers, s.hidden, s.heads, s.kv_heads, s.intermediate, s.vocab,
         "deepseek_v3" if s.latent else "qwen2" if s.qkv_bias else "llama")
@@ -197,19 +198,21 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return "the tokenizer's own" if own else "none"
 
 def habits(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
-    "What a user should know of a model's template, as the end of a line."
+    "What a user should know of a model's template, as the end of a line; the tokenizer has the marked one."
     def refuses(chat):
         try: return rendered(tokenizer, chat, own) is None
         except (TemplateError, TypeError, ValueError): return True
     before = rendered(tokenizer, PROBE[:1], own, True).split(PROBE[0]["content"])[0]
     words = re.findall(r"[^\W\d_]+", re.sub("|".join(map(re.escape, tokenizer.get_added_vocab())), " ", before))
-    said = ["refuses a system prompt"] * refuses(CHATS["a system prompt"]) + [
-        "writes the date"] * ("strftime_now" in own) + ["puts a text of its own before the question"] * (len(words) > 4)
-    return "; it " + ", ".join(said) if said else ""
+    said = {"refuses a system prompt": refuses(CHATS["a system prompt"]), "writes the date": "strftime_now" in own,
+        "puts a text of its own before the question": len(words) > 4,
+        "trains only the last answer of a dialogue": len(trained_parts(tokenizer, SEVERAL)) == 1}
+    return "; it " + ", ".join(k for k, true in said.items() if true) if any(said.values()) else ""
 
 def install(tokenizer: PreTrainedTokenizerBase, template: str, how: str, own: str) -> str:
     "Give the tokenizer a marked template and the end-of-turn token of the model's own; returns `how`."
-    how, (_, end) = how + habits(tokenizer, own), end_of_turn(tokenizer, own)
+    end, tokenizer.chat_template = end_of_turn(tokenizer, own)[1], template
+    how += habits(tokenizer, own)
     tokenizer.chat_template, tokenizer.eos_token = NOTE % how + template, end
     return how
 
@@ -232,12 +235,12 @@ def from_setting(
         if not has_generation(text): return mark_own(tokenizer, plain, f"{file.name}, its answers found by rendering")
         how = install(tokenizer, text, file.name, plain)
         parts = trained_parts(tokenizer, PROBE)
-    except (UnicodeDecodeError, TemplateError, TypeError) as e:
+    except (TemplateError, TypeError, ValueError) as e:
         line = f":{e.lineno}" if getattr(e, "lineno", None) else ""
         raise ValueError(f"model.template = {setting}{line}: {e}. Mend the file. {ADVICE}") from None
     if parts and parts[-1].rstrip().endswith(tokenizer.eos_token): return how
-    raise ValueError(f"model.template = {setting}: it trains {parts}, and an answer must end with its end-of-turn token "
-        f"{tokenizer.eos_token}. Move it inside the generation block")
+    raise ValueError(f"model.template = {setting}: it trains {parts}, and an answer must end with the end-of-turn "
+        f"token {tokenizer.eos_token}. Move it inside the generation block")
 
 def mark_own(tokenizer: PreTrainedTokenizerBase, own: str, how: str) -> str:
     "Mark a template, check it, and give it to the tokenizer."

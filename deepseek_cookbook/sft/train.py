@@ -19,7 +19,8 @@ from transformers import EarlyStoppingCallback, ProgressCallback
 
 # %% ../../nbs/03c_sft.train.ipynb #6087fdcd
 from ..data.mix import python_texts, replay_record, replay_rows
-from ..models import load_model, load_tokenizer, precision, return_freed_memory, with_attention
+from ..models import load_model, precision, return_freed_memory, tokenizer_of, with_attention
+from ..training_templates import describe_template
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
@@ -198,7 +199,7 @@ def train_sft(
         transformers.set_seed(seed)
         train = with_replay(train, options, seed)
         base = load_model(**with_attention(settings["model"], options.attention))
-        tokenizer = load_tokenizer(settings["model"]["name"])
+        tokenizer = tokenizer_of(settings["model"])
         with open_log(settings, folder) as log:
             callbacks = make_callbacks(settings, config, log, tokenizer, folder)
             trainer = make_trainer(settings, train, validation, folder, base, tokenizer, callbacks)
@@ -208,7 +209,8 @@ def train_sft(
             save_trained(trainer, folder)
             figures = sft_figures(trainer, log.rows, checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # computes as loaded again
-    return model, figures | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1))
+    return model, figures | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1),
+                                 template=describe_template(tokenizer))
 
 def prepare_folder(folder: Path, resume: bool) -> str | None:
     "Where to go on; without `resume`, the folder is emptied."
