@@ -6,10 +6,10 @@
 __all__ = ['TAG', 'MARKED', 'OPENED', 'SYSTEM', 'THOUGHT', 'SEVERAL', 'CHATS', 'NOTE', 'ADVICE', 'has_generation', 'unmarked',
            'own_template', 'rendered', 'end_of_turn', 'opens_reasoning', 'derive_template', 'runs', 'chat_fault',
            'template_fault', 'trl_template', 'shape_of', 'twins', 'fits', 'describe_template', 'habits', 'install',
-           'from_setting', 'mark_own', 'choose_template']
+           'from_setting', 'mark_own', 'choose_template', 'require_marks']
 
 # %% ../nbs/00l_training_templates.ipynb #5bf82110
-import json, re
+import copy, json, re
 from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -256,26 +256,28 @@ def choose_template(
     copies: list[BaseModel] = (),  # registered models that this may be a copy of
     guess: str | None = None,  # a template by vocabulary, for a tokenizer that has none
 ) -> str:  # what was chosen, in words
-    "Give a tokenizer the chat template that it is trained with, or raise `ValueError`."
+    "Give a tokenizer the chat template that it is trained with, if there is one; wrong settings are a `ValueError`."
     own = own_template(tokenizer)
     if setting: return from_setting(tokenizer, setting)
     if own and (own in TEMPLATES.values() or own.startswith(NOTE[:20])): return describe_template(tokenizer)
     if own and has_generation(own) and not template_fault(tokenizer, own, unmarked(own)):
         return install(tokenizer, own, "the model's own, which marks its answers", unmarked(own))
     if registered: return use_template(tokenizer, registered) and registered
-    for copy in copies:
-        if how := _as_copy(tokenizer, copy): return how
-    if own: return _own_or_trl(tokenizer, unmarked(own))
+    for twin in copies:
+        if how := _as_copy(tokenizer, twin): return how
+    if own:
+        try: return _own_or_trl(tokenizer, unmarked(own))
+        except ValueError as e: return f"the model's own, for prompts only: {e}"
     if guess: return use_template(tokenizer, guess) and f"{guess}, by its vocabulary: it has no template"
-    raise ValueError(f"it has no chat template, and no special token by which one could be chosen. {ADVICE}")
+    return "none"  # of an encoder, for instance
 
 # %% ../nbs/00l_training_templates.ipynb #a7aa9178
-def _as_copy(tokenizer, copy: BaseModel) -> str | None:
+def _as_copy(tokenizer, twin: BaseModel) -> str | None:
     "The registry's template for a copy of one of its models, if it fits."
-    if not fits(tokenizer, copy.template): return None
-    try: use_template(tokenizer, copy.template)
+    if not fits(tokenizer, twin.template): return None
+    try: use_template(tokenizer, twin.template)
     except ValueError: return None  # the vocabulary lacks its tokens: no copy
-    return f"{copy.template}, as for {copy.name}: same sizes, same prompts"
+    return f"{twin.template}, as for {twin.name}: same sizes, same prompts"
 
 def _own_or_trl(tokenizer, own: str) -> str:
     try:
@@ -285,3 +287,12 @@ def _own_or_trl(tokenizer, own: str) -> str:
             return install(tokenizer, found, "TRL's training variant of the model's own", own)
         return mark_own(tokenizer, own, "the model's own, its answers found by rendering")
     except (TemplateError, TypeError, ValueError) as e: raise ValueError(f"{e}. {ADVICE}") from None
+
+# %% ../nbs/00l_training_templates.ipynb #d13add1a
+def require_marks(tokenizer: PreTrainedTokenizerBase):
+    "Raise `ValueError` for a tokenizer whose template can't be trained with; the message says why."
+    own = own_template(tokenizer)
+    if not own: raise ValueError(f"the tokenizer has no chat template. {ADVICE}")
+    if has_generation(own): return
+    _own_or_trl(copy.deepcopy(tokenizer), own)
+    raise ValueError("the chat template marks no answers. Load the tokenizer with load_tokenizer, which marks them")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deepseek_cookbook import models
 from deepseek_cookbook import training_templates as T
 from deepseek_cookbook.models import ModelError, agree, load_model, load_tokenizer, tokenizer_of
+from deepseek_cookbook.pipeline import PipelineError, cook
 from deepseek_cookbook.registry import MODELS
 from deepseek_cookbook.settings import load_settings
 from deepseek_cookbook.sft.checks import TrainError
@@ -323,11 +324,33 @@ def test_a_setting_that_cannot_be_used_is_named(tmp_path, monkeypatch, setting, 
     ["{% for m in messages %}{{ m.content }}\n---\n{% endfor %}", "{{ messages[9].x.y }}", "{% if %}",
      "{{ raise_exception('never') }}"],
 )
-def test_a_template_that_cannot_be_marked_names_the_setting(tmp_path, template):
+def test_a_template_that_cannot_be_marked_names_the_setting(tmp_path, capfd, template):
+    "It loads, for prompts; training refuses before anything is tokenised."
     tokenizer = foreign(QWEN2)
     tokenizer.chat_template = template
-    with pytest.raises(ModelError, match="Set model.template to one of chatml, .*jinja"):
-        load_tokenizer(folder(tmp_path, tokenizer))
+    home = folder(tmp_path, tokenizer)
+    assert load_tokenizer(home).chat_template == template
+    assert "for prompts only" in capfd.readouterr().err
+    with pytest.raises(TrainError, match="Set model.template to one of chatml, .*jinja"):
+        train_sft(tiny(home), RECORDS, RECORDS[:2], tmp_path / "sft")
+    with pytest.raises(PipelineError, match="Set model.template to one of chatml"):
+        cook(tiny(home, f"run.folder={tmp_path / 'runs'}"), tell=lambda line: None)
+
+
+def test_a_tokenizer_from_elsewhere_is_sent_to_load_tokenizer():
+    with pytest.raises(ValueError, match="load_tokenizer"):
+        T.require_marks(foreign(QWEN2))
+    with pytest.raises(ValueError, match="no chat template"):
+        T.require_marks(foreign(None))
+    T.require_marks(load_tokenizer("tiny-llama"))
+
+
+def test_an_encoder_has_no_template_and_needs_none(tmp_path):
+    "As before: a tokenizer without any template, end or marker is left as it is."
+    tokenizer = tiny_tokenizer(EOS)
+    tokenizer.eos_token = None
+    assert models.guess_template(tokenizer) == "chatml"  # this vocabulary has <|im_end|>
+    assert T.choose_template(tokenizer) == "none" and tokenizer.chat_template is None
 
 
 def test_named_variants():
@@ -347,6 +370,16 @@ def test_a_local_copy_of_a_registered_model(tmp_path, capfd):
     assert T.twins(home)[0].name == "deepseek-r1-distill-qwen-1.5b"
     assert load_tokenizer(home).chat_template == TEMPLATES["deepseek-r1"]
     assert "as for deepseek-r1-distill-qwen-1.5b" in capfd.readouterr().err
+
+
+def test_a_local_copy_of_a_chat_model(tmp_path):
+    "deepseek-llm-7b-chat: the sizes of its base, and the format that the registry names for it."
+    sizes = dict(model_type="llama", num_hidden_layers=30, hidden_size=4096, num_attention_heads=32,
+                 num_key_value_heads=32, intermediate_size=11008, vocab_size=102400)
+    home = folder(tmp_path, foreign(DEEPSEEK), **sizes)
+    assert load_tokenizer(home).chat_template == TEMPLATES["deepseek-llm"]
+    theirs = foreign(DEEPSEEK)
+    assert text(load_tokenizer(home), T.SEVERAL) == text(theirs, T.SEVERAL)
 
 
 def test_sizes_alone_are_no_copy(tmp_path):

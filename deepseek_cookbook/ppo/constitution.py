@@ -314,7 +314,8 @@ def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None
     if r.own.reward == "rules": return rule_reward(r.constitution.principles), dict(reward="rules")
     if len(pairs) < r.own.least_pairs:
         return None, dict(reward=f"none: {len(pairs)} preferences, fewer than least_pairs = {r.own.least_pairs}")
-    settings = changed(r.settings, model=dict(name=base, revision=r.revision), **_few_steps("reward", r.own.reward_steps))
+    model = dict(name=base, revision=r.revision)
+    settings = changed(r.settings, model=model, **_few_steps("reward", r.own.reward_steps))
     home, mixed = r.folder / "reward", with_helpful(pairs, r.own.helpful, r.own.languages, r.seed)
     if not (home / "gate.json").is_file():
         reward = train_reward(settings, mixed, mixed[:8], home, resume=False)[0]

@@ -187,8 +187,8 @@ def told_plainly(folder: Path, settings: Settings | None = None):
     try: yield
     except TrainError: raise
     except TemplateError as e:
-        raise TrainError(f"the model's chat template refuses a record: {e}. Change those records (Gemma, for one, takes "
-                         "no system prompt), or set model.template.") from e
+        raise TrainError(f"the model's chat template refuses a record: {e}. Change those records (Gemma's, for one, "
+                         "takes no system prompt), or set model.template.") from e
     except Exception as e:
         text, free = f"{type(e).__name__}: {e}", _free(folder)
         full = "No space left" in text or "os error 28" in text or "unexpected pos" in text  # the last is torch.save's

@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, ProgressCallback
 # %% ../../nbs/03c_sft.train.ipynb #6087fdcd
 from ..data.mix import python_texts, replay_record, replay_rows
 from ..models import load_model, precision, return_freed_memory, tokenizer_of, with_attention
-from ..training_templates import describe_template
+from ..training_templates import describe_template, require_marks
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
@@ -123,6 +123,8 @@ def make_trainer(settings: Settings, train, validation, folder, model, tokenizer
     "The trainer, with a new LoRA adapter on `model` unless all weights are trained."
     config, options, terms = sft_config(settings, folder), settings.build("train"), settings.build("loss")
     if config.gradient_checkpointing and precision().device == "cpu": return_freed_memory()
+    try: require_marks(tokenizer)
+    except ValueError as e: raise TrainError(f"{settings['model']['name']} can't be trained: {e}") from e
     model = ready_base(settings, model)
     data = dict(train_dataset=to_dataset(train, tokenizer, config.max_length),
                 eval_dataset=to_dataset(validation, tokenizer, config.max_length, "validation"))
