@@ -104,7 +104,9 @@ def merge(out: Annotated[str, typer.Argument(help="folder of the merged model; a
     with clear_errors(debug):
         from deepseek_cookbook.sft.adapters import merge_adapter
         chosen = load_settings(profile, overrides or ())
-        figures = merge_adapter(chosen["model"]["name"], chosen.run_folder.phase("sft") / "adapter", out, dtype)
+        model = chosen["model"]
+        own = {k: model.get(k) for k in ("template", "revision")}
+        figures = merge_adapter(model["name"], chosen.run_folder.phase("sft") / "adapter", out, dtype, **own)
         console.print(json.dumps(figures, indent=1), f"Merged model: {out}", sep="\n", markup=False)
 
 @app.command()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'FILES', 'Phase', 'file_digest', 'phase_key', 'is_finished', 'open_folder', 'reset_peak_memory',
-           'used_precision', 'made_with', 'run_phase', 'PipelineError', 'select', 'check_settings', 'check_inputs',
-           'locked', 'cook']
+           'used_precision', 'made_with', 'run_phase', 'PipelineError', 'select', 'check_settings', 'check_model',
+           'check_inputs', 'locked', 'cook']
 
 # %% ../nbs/10_pipeline.ipynb #1f70990c
 import gc, hashlib, os, platform, shutil, time
@@ -61,7 +61,7 @@ def file_digest(path: Path) -> str:
     if not path.is_file(): return "missing"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-FILES = (("data", "source"), ("data", "mix"), ("clean", "evaluation"), ("train", "general"),
+FILES = (("model", "template"), ("data", "source"), ("data", "mix"), ("clean", "evaluation"), ("train", "general"),
          ("constitution", "file"))  # settings that may name files of the user's
 
 def _listed(value) -> list[str]: return [value or ""] if isinstance(value, str | None) else list(value)
@@ -153,6 +153,15 @@ def check_settings(phases: list[Phase], settings: Settings):
     sections = {s for phase in phases for s in phase.sections}
     for section in sorted(s for s in sections if SECTIONS[s].startswith("deepseek_cookbook")): settings.build(section)
 
+def check_model(settings: Settings, phases: list[Phase]):
+    "Find the model and its chat template; where the template can't be trained with, stop before the data is read."
+    from deepseek_cookbook.models import tokenizer_of
+    from deepseek_cookbook.training_templates import require_marks
+    tokenizer = tokenizer_of(settings["model"])
+    if not any("sft" in phase.sections for phase in phases): return
+    try: require_marks(tokenizer)
+    except ValueError as e: raise PipelineError(f"{settings['model']['name']} can't be trained: {e}") from e
+
 def check_inputs(phase: Phase, run: RunFolder):
     "Raise if a phase before this one has not been run."
     missing = [name for name in phase.after if not (run.root / name / "result.json").is_file()]
@@ -182,11 +191,10 @@ def cook(
     tell=print,  # called with a line before and after each phase
 ) -> dict[str, dict]:  # the result.json of each phase
     "Walk the path; what is finished is skipped, what was cut off goes on."
-    from deepseek_cookbook.models import load_tokenizer
     settings = settings or load_settings()
     run, phases, records = settings.run_folder, select(only), {}
     with locked(run):
-        load_tokenizer(settings["model"]["name"])
+        check_model(settings, phases)
         check_settings(phases, settings)
         for i, phase in enumerate(phases, 1):
             check_inputs(phase, run)

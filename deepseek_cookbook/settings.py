@@ -53,6 +53,9 @@ class ModelConfig:
     dtype: str = "auto"  # auto | float32 | float16 | bfloat16
     attention: str = "auto"  # auto | sdpa | eager | flash_attention_2
     quantization: str | None = None  # none | nf4 | int8
+    template: str | None = None  # chat template: chatml, deepseek-v3 … or a .jinja file; none: the model's own, marked
+    revision: str | None = None  # branch, tag or commit of a hub id; none: the newest
+    device_map: str | None = None  # none | auto | balanced | sequential: over all GPUs of one machine
 
 # %% ../nbs/00_settings.ipynb #1b9b51ff
 class SettingsError(ValueError):

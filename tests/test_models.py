@@ -59,7 +59,8 @@ def test_shape_counts_what_transformers_builds(model):
 @pytest.mark.parametrize(
     "name, published",  # billions, from the model cards
     [
-        ("deepseek-llm-7b-base", 6.91), ("deepseek-llm-67b-base", 67.4), ("deepseek-coder-6.7b-base", 6.74),
+        ("deepseek-llm-7b-base", 6.91), ("deepseek-llm-67b-base", 67.4), ("deepseek-llm-7b-chat", 6.91),
+        ("deepseek-llm-67b-chat", 67.4), ("deepseek-math-7b-instruct", 6.91), ("deepseek-coder-6.7b-base", 6.74),
         ("deepseek-r1-distill-qwen-1.5b", 1.78), ("deepseek-r1-distill-qwen-7b", 7.62),
         ("deepseek-r1-distill-qwen-14b", 14.8), ("deepseek-r1-distill-qwen-32b", 32.8),
         ("deepseek-r1-distill-llama-8b", 8.03), ("deepseek-r1-distill-llama-70b", 70.6),

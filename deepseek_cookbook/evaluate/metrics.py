@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/07_evaluate.metrics.ipynb #6eba11f5
 from ..data.formats import to_messages
 from ..data.tokens import fit_turns
-from ..models import load_model, load_tokenizer
+from ..models import load_model, tokenizer_of
 from ..settings import RunFolder, Settings, read_jsonl
 from ..templates import chat_ids
 
@@ -200,5 +200,5 @@ def evaluate_phase(
     side = "test" if (run.phase("data") / "test.jsonl").is_file() else "validation"
     records = read_jsonl(run.phase("data") / f"{side}.jsonl")
     model = load_model(**settings["model"], adapter=run.phase("sft") / "adapter")
-    tokenizer = load_tokenizer(settings["model"]["name"])
+    tokenizer = tokenizer_of(settings["model"])
     return dict(side=side) | compare(model, tokenizer, records, settings.build("evaluate"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% ../../nbs/05c_ppo.constitution.ipynb #6635b351
 from ..data.formats import from_messages
-from ..models import load_model, load_tokenizer, precision
+from ..models import load_model, precision, tokenizer_of
 from .principles import (LANGUAGES, Constitution, ConstitutionError, Principle, broken, changes,
     constitution_prompts, helpful_only, helpfulness, load_constitution, measure)
 from .rollout import RolloutConfig, sample
@@ -240,7 +240,7 @@ def _speaker(r: "Round", adapter: Path | None = None) -> Say:
     "The policy as a function that loads itself when it is first asked."
     def say(prompts: list, seed: tuple) -> list[str]:
         if not loaded: loaded.append(speaker(load_model(**r.settings["model"], adapter=adapter),
-                                             load_tokenizer(r.settings["model"]["name"]), r.own.max_new_tokens))
+                                             tokenizer_of(r.settings["model"]), r.own.max_new_tokens))
         return loaded[0](prompts, seed)
     loaded = []
     return say
@@ -266,6 +266,7 @@ class Round:
     constitution: Constitution
     folder: Path
     seed: int  # another one each round
+    revision: str | None = None  # of the base model
 
     @property
     def critic(self) -> bool: return self.own.judge != "rules"  # a model criticises
@@ -292,7 +293,8 @@ def make_judge(r: Round, base: str, rows: list[dict]):
     if r.own.judge == "rules":
         return RuleJudge(r.constitution.principles, {last_question(x["prompt"]): x["intent"] for x in rows})
     if r.own.judge == "http": return HttpJudge(r.own.url, r.own.judge_model)
-    return LocalJudge(load_model(**r.settings["model"] | dict(name=base)), load_tokenizer(base), base)
+    model = r.settings["model"] | dict(name=base, revision=r.revision)
+    return LocalJudge(load_model(**model), tokenizer_of(model), base)
 
 def preferences(r: Round, base: str, rows: list[dict]) -> tuple[list[dict], dict]:  # ai pairs, report on the judge
     "Let the policy after SFT answer again, and the judge compare."
@@ -312,7 +314,8 @@ def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None
     if r.own.reward == "rules": return rule_reward(r.constitution.principles), dict(reward="rules")
     if len(pairs) < r.own.least_pairs:
         return None, dict(reward=f"none: {len(pairs)} preferences, fewer than least_pairs = {r.own.least_pairs}")
-    settings = changed(r.settings, model=dict(name=base), **_few_steps("reward", r.own.reward_steps))
+    model = dict(name=base, revision=r.revision)
+    settings = changed(r.settings, model=model, **_few_steps("reward", r.own.reward_steps))
     home, mixed = r.folder / "reward", with_helpful(pairs, r.own.helpful, r.own.languages, r.seed)
     if not (home / "gate.json").is_file():
         reward = train_reward(settings, mixed, mixed[:8], home, resume=False)[0]
@@ -350,7 +353,7 @@ def start_policy(r: Round) -> dict:
     write_jsonl(r.folder / "demonstrations.jsonl", records)
     figures = train_sft(settings, records, records[:8], r.folder / "sft", resume=False)[1]
     _merge(r, r.folder / "sft" / "adapter")
-    now = replace(r, settings=changed(r.settings, model=dict(name=str(r.folder / "model"))))
+    now = replace(r, settings=changed(r.settings, model=_as_folder(r.folder / "model")))
     result = dict(records=len(records), steps=figures["steps"], seconds=figures["seconds"],
                   measured=[_measured("start", now)])
     write_json(r.folder / "result.json", result)
@@ -359,7 +362,13 @@ def start_policy(r: Round) -> dict:
 def _merge(r: Round, adapter: Path):
     "Write the policy of a round as a model of its own."
     kind = str(precision().weights).removeprefix("torch.")
-    merge_adapter(r.settings["model"]["name"], adapter, r.folder / "model", dtype=kind)
+    model = r.settings["model"]
+    own = {k: model.get(k) for k in ("template", "revision")}
+    merge_adapter(model["name"], adapter, r.folder / "model", dtype=kind, **own)
+
+def _as_folder(model: Path) -> dict:
+    "A merged model as [model]; a folder has no revision."
+    return dict(name=str(model), revision=None)
 
 # %% ../../nbs/05c_ppo.constitution.ipynb #cab554e2
 def one_round(r: Round, base: str, train: Callable | None) -> dict:
@@ -386,13 +395,14 @@ def constitution_phase(
     own, seed, base = settings.build("constitution"), settings.build("run").seed, settings["model"]["name"]
     folder = run.phase("constitution")
     if train is None and own.ppo_episodes: from deepseek_cookbook.ppo.task import train_ppo as train
-    r = Round(settings, own, load_constitution(own.file), folder / "start", seed)
+    revision = settings["model"].get("revision")
+    r = Round(settings, own, load_constitution(own.file), folder / "start", seed, revision)
     for side, n in dict(train=max(own.demonstrations, own.prompts), held=own.heldout).items():  # enough of them?
         constitution_prompts(r.constitution, n, side, own.languages, seed)
     start, rounds = start_policy(r), []
     for number in range(1, own.rounds + 1):
         policy = r.folder / "model"
-        r = replace(r, settings=changed(settings, model=dict(name=str(policy))), folder=folder / f"round-{number}",
+        r = replace(r, settings=changed(settings, model=_as_folder(policy)), folder=folder / f"round-{number}",
                     seed=seed + number)
         rounds.append(one_round(r, base, train))
         shutil.rmtree(policy, ignore_errors=True)

@@ -236,7 +236,8 @@ def reward_on_base(
     scorer = put_head(inner, len(head), seed=0)
     scorer.score.weight.data.copy_(head)
     limits = {k: facts[k] for k in ("max_length", "long", "batch_tokens") if k in facts}
-    own = RewardModel(scorer, load_tokenizer(facts["base"]), tuple(facts["names"]), exact=exact, **limits)
+    tokenizer = load_tokenizer(facts["base"], facts.get("template"), facts.get("revision"))
+    own = RewardModel(scorer, tokenizer, tuple(facts["names"]), exact=exact, **limits)
     def reward(prompts, completions, **columns):
         with answering(models.frozen, name): return own(prompts, completions)
     reward.__name__ = "reward_model"

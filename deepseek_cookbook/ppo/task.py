@@ -18,7 +18,7 @@ import transformers
 
 # %% ../../nbs/05i_ppo.task.ipynb #edef9163
 from ..guards import make_guards
-from ..models import load_model, load_tokenizer, precision, with_attention
+from ..models import load_model, precision, tokenizer_of, with_attention
 from .config import PPOError
 from .engines import make_engine
 from .losses import token_kl
@@ -80,7 +80,7 @@ def train_ppo(
         if not resume: on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         transformers.set_seed(seed)
         base = ready_base(settings, load_model(**with_attention(settings["model"], config.attention)))
-        tokenizer = load_tokenizer(settings["model"]["name"])
+        tokenizer = tokenizer_of(settings["model"])
         if precision().gradient_checkpointing: base.gradient_checkpointing_enable(dict(use_reentrant=False))
         models = make_models(base, settings["lora"], start, config.upper_layers, config.value_layers, config.full,
                              1 if cost is None else 2, seed)
@@ -183,6 +183,6 @@ def ppo_phase(
     rows, held = task_rows(task, seed)
     models, figures = train_ppo(settings, rows, task_reward(task, run.phase("reward")), run.phase("ppo"),
                                 run.phase("sft") / "adapter", force=task.force)
-    tokenizer = load_tokenizer(settings["model"]["name"])
+    tokenizer = tokenizer_of(settings["model"])
     measured = on_main(lambda: before_and_after(models, tokenizer, held, rollout, seed, task.samples))
     return figures | dict(heldout=measured, task=task.reward, prompts=len(rows))

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.modeling_layers import GenericForSequenceClassification
 
 # %% ../../nbs/04a_reward.model.ipynb #f09d52cd
-from ..models import (hub_error, load_adapter, load_model, load_tokenizer, locate, precision, reach_hub,
-    to_dtype, with_attention)
+from ..models import (at_revision, hub_error, load_adapter, load_model, load_tokenizer, locate,
+    precision, reach_hub, to_dtype, tokenizer_of, with_attention)
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from .losses import PairTrainer, head_targets
 from .packed import layer_of, packed_pairs
@@ -101,11 +101,11 @@ def load_reward_model(
     heads: int = 1,  # numbers an answer; a sequence classifier has its own
     seed: int = 42,  # of a new head
     trainable: bool = False,  # go on training the adapter
-    **options,  # dtype, quantization, attention, device: as in load_model
+    **options,  # dtype, quantization, attention, device, revision: as in load_model
 ) -> PreTrainedModel:  # logits (B, heads)
     "Load a model that gives numbers."
     if heads < 1: raise RewardModelError(f"heads = {heads}: write a number from 1 on")
-    source = locate(name)
+    source = at_revision(locate(name), options.get("revision"))
     reach_hub(source)
     try: config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
     except (OSError, ValueError) as e: raise hub_error(str(name), e) from e
@@ -113,7 +113,8 @@ def load_reward_model(
     model = _read_classifier(name, source, **options) if own else put_head(load_model(name, **options), heads, seed)
     return load_adapter(model, adapter, trainable) if adapter else model
 
-def _read_classifier(name, source: dict, dtype="auto", device=None, **options) -> PreTrainedModel:
+def _read_classifier(name, source: dict, dtype="auto", device=None, template=None, revision=None,
+                     **options) -> PreTrainedModel:
     "A checkpoint that has a head."
     if wrong := {k: v for k, v in options.items() if v not in (None, "auto")}:
         raise RewardModelError(f"{name} is a classifier already: it is loaded without {', '.join(wrong)}")
@@ -121,7 +122,7 @@ def _read_classifier(name, source: dict, dtype="auto", device=None, **options) -
     try: model = AutoModelForSequenceClassification.from_pretrained(**source, trust_remote_code=False,
                                                                     dtype=to_dtype(dtype, chosen.weights))
     except (OSError, ValueError) as e: raise hub_error(str(name), e) from e
-    model.config.pad_token_id = load_tokenizer(name).pad_token_id
+    model.config.pad_token_id = load_tokenizer(name, template, revision).pad_token_id
     return model.to(chosen.device).eval()
 
 # %% ../../nbs/04a_reward.model.ipynb #ef52f2d8
@@ -280,10 +281,11 @@ def load_reward(
     facts = read_json(home / "reward.json")
     try: names, scale = tuple(facts["names"]), (facts["mean"], facts["std"])
     except KeyError as e: raise RewardModelError(f"{home / 'reward.json'}: no {e}. Train the model again.") from None
-    model = load_reward_model(facts["base"], home, len(names), **options)
+    own = {k: facts.get(k) for k in ("template", "revision")}
+    model = load_reward_model(facts["base"], home, len(names), **own | options)
     more = {k: facts[k] for k in ("max_length", "long", "batch_tokens") if k in facts}
     if weights or not normalize: scale = (0.0, 1.0)  # measured on all heads
-    return RewardModel(model, load_tokenizer(facts["base"]), names, weights, *scale, exact=exact, **more)
+    return RewardModel(model, load_tokenizer(facts["base"], **own), names, weights, *scale, exact=exact, **more)
 
 # %% ../../nbs/04a_reward.model.ipynb #2d5fe2bb
 def reward_config(settings: Settings, folder: str | Path):  # trl.RewardConfig
@@ -362,7 +364,7 @@ def train_reward(
     transformers.set_seed(seed.seed)
     disable_progress_bars()
     model = load_reward_model(**with_attention(base, own.attention), heads=len(names), seed=seed.seed)
-    tokenizer, trackers = load_tokenizer(base["name"]), make_trackers(watch.trackers, folder.parent, folder.name)
+    tokenizer, trackers = tokenizer_of(base), make_trackers(watch.trackers, folder.parent, folder.name)
     with MetricsLog(folder / "metrics.jsonl", trackers) as log:
         monitor = MonitorCallback(log, make_guards(watch, rollouts=False), lr_factor=watch.lr_factor)
         trainer, cut = make_reward_trainer(settings, train, validation, folder, model, tokenizer, names, [monitor])
@@ -389,7 +391,7 @@ def reward_facts(reward: RewardModel, pairs: list[dict], model: dict) -> dict:
     std = scores.std(correction=0).item()
     return dict(base=str(model["name"]), names=reward.names, mean=scores.mean().item(), std=std if std > 1e-8 else 1.0,
                 max_length=reward.max_length, long=reward.long, batch_tokens=reward.batch_tokens,
-                quantization=model.get("quantization"))
+                **{k: model.get(k) for k in ("quantization", "template", "revision")})
 
 def reward_figures(trainer: PairTrainer, rows: list[dict], checkpoint: Path | None) -> dict:
     "The measured figures of a run."

@@ -222,10 +222,12 @@ def merge_adapter(
     out: str | Path,  # a new folder, or an older merged model, which is replaced
     dtype: str = "float32",  # of the written weights: float32, bfloat16, float16
     tolerance: float = 1e-4,  # of logits, relative to the largest
+    template: str | None = None,  # chat template of the training, as in load_tokenizer
+    revision: str | None = None,  # branch, tag or commit of a hub id
 ) -> dict:  # differences by merging, by rounding and by writing, and the size in bytes
     "Merge an adapter into its base in floats, and write a model that needs no PEFT."
-    out, kind = check_out(out), to_dtype(dtype, torch.float32)
-    model = load_adapters(load_model(base, dtype="float32", device="cpu"), {"merged": adapter})
+    out, kind, own = check_out(out), to_dtype(dtype, torch.float32), dict(template=template, revision=revision)
+    model = load_adapters(load_model(base, "float32", device="cpu", **own), {"merged": adapter})
     trained = probe_logits(model)
     model = model.merge_and_unload(safe_merge=True)
     merged = probe_logits(model)
@@ -237,7 +239,7 @@ def merge_adapter(
     with whole_folder(out) as part:
         for p in model.parameters(): p.data = p.data.to(kind)
         model.config._name_or_path = ""
-        model.save_pretrained(part), load_tokenizer(base).save_pretrained(part)
+        model.save_pretrained(part), load_tokenizer(base, **own).save_pretrained(part)
         del model
         gc.collect()
         figures |= dict(rounding=difference(rounded, merged), writing=_check_written(part, rounded, tolerance))
@@ -334,8 +336,9 @@ def model_card(
     base, entry = base_name(name), find_model(name)
     hub, title = TWINS.get(base, base), (repo_id or "").split("/")[-1] or f"{plain(base).split('/')[-1]}-lora"
     license = entry.license if entry else "see the base model's page"
+    template = figures.get("template") or (entry and entry.template)
     run = dict(base=plain(base), license=license, quantization=settings["model"].get("quantization"),
-               template=entry and entry.template, seed=settings.build("run").seed, **machine())
+               template=template, seed=settings.build("run").seed, **machine())
     counted = {k: v for k, v in (data or settings["data"]).items()
                if k in ("source", "read", "train", "validation", "test")}
     return f"""---

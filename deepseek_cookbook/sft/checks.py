@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from fastcore.basics import patch
+from jinja2 import TemplateError
 from transformers import TrainerCallback
 
 # %% ../../nbs/03h_sft.checks.ipynb #e3ff2d32
@@ -190,9 +191,12 @@ def _device_gib() -> float:
 # %% ../../nbs/03h_sft.checks.ipynb #514c26e7
 @contextmanager
 def told_plainly(folder: Path, settings: Settings | None = None):
-    "Turn a full disk and a lack of memory into a `TrainError`."
+    "Turn a full disk, a lack of memory and a refusing template into a `TrainError`."
     try: yield
     except TrainError: raise
+    except TemplateError as e:
+        raise TrainError(f"the model's chat template refuses a record: {e}. Change those records (Gemma's, for one, "
+                         "takes no system prompt), or set model.template.") from e
     except Exception as e:
         text, free = f"{type(e).__name__}: {e}", _free(folder)
         full = "No space left" in text or "os error 28" in text or "unexpected pos" in text  # the last is torch.save's

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ..data.mix import near_pairs, replay_record
 from ..evaluate.metrics import answer_nll, batch_nll, relative_fall, token_batches
 from ..guards import Action
-from ..models import load_tokenizer
+from ..models import load_tokenizer, tokenizer_of
 from ..registry import find_model
 from ..settings import Settings, atomic_write, read_jsonl
 from .train import train_sft
@@ -199,7 +199,7 @@ def run_variant(
     began = time.process_time()
     model, figures = train_sft(variant_settings(settings, variant, old, seed), train, held, folder, resume=False)
     cpu = time.process_time() - began
-    after = measure(model, load_tokenizer(settings["model"]["name"]), held, general, settings)
+    after = measure(model, tokenizer_of(settings["model"]), held, general, settings)
     norms = [r["grad_norm"] for r in read_jsonl(folder / "metrics.jsonl") if "grad_norm" in r]
     del model
     gc.collect()

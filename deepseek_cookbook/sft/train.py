@@ -19,7 +19,8 @@ from transformers import EarlyStoppingCallback, ProgressCallback
 
 # %% ../../nbs/03c_sft.train.ipynb #6087fdcd
 from ..data.mix import python_texts, replay_record, replay_rows
-from ..models import load_model, load_tokenizer, precision, return_freed_memory, with_attention
+from ..models import load_model, precision, return_freed_memory, tokenizer_of, with_attention
+from ..training_templates import describe_template, require_marks
 from ..monitor import MetricsLog, MonitorCallback, make_guards, peak_memory_gib
 from ..runlog import make_trackers
 from ..settings import RunFolder, Settings, read_jsonl
@@ -123,6 +124,8 @@ def make_trainer(settings: Settings, train, validation, folder, model, tokenizer
     "The trainer, with a new LoRA adapter on `model` unless all weights are trained."
     config, options, terms = sft_config(settings, folder), settings.build("train"), settings.build("loss")
     if config.gradient_checkpointing and precision().device == "cpu": return_freed_memory()
+    try: require_marks(tokenizer)
+    except ValueError as e: raise TrainError(f"{settings['model']['name']} can't be trained: {e}") from e
     model = ready_base(settings, model)
     def rows(side, records, cut=not config.assistant_only_loss):
         return to_dataset(records, tokenizer, config.max_length, side, cut)
@@ -202,7 +205,7 @@ def train_sft(
         transformers.set_seed(seed)
         train = with_replay(train, options, seed)
         base = load_model(**with_attention(settings["model"], options.attention))
-        tokenizer = load_tokenizer(settings["model"]["name"])
+        tokenizer = tokenizer_of(settings["model"])
         with open_log(settings, folder) as log:
             callbacks = make_callbacks(settings, config, log, tokenizer, folder)
             trainer = make_trainer(settings, train, validation, folder, base, tokenizer, callbacks)
@@ -212,7 +215,8 @@ def train_sft(
             save_trained(trainer, folder)
             figures = sft_figures(trainer, log.rows, checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # computes as loaded again
-    return model, figures | left_out | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1))
+    return model, figures | left_out | dict(rows=len(train), seconds=round(time.perf_counter() - began, 1),
+                                            template=describe_template(tokenizer))
 
 def prepare_folder(folder: Path, resume: bool) -> str | None:
     "Where to go on; without `resume`, the folder is emptied."
