@@ -127,6 +127,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'deepseek_cookbook/augment/records.py')},
             'deepseek_cookbook.augment.rewrite': { 'deepseek_cookbook.augment.rewrite.AugmentError': ( 'augment.rewrite.html#augmenterror',
                                                                                                        'deepseek_cookbook/augment/rewrite.py'),
+                                                   'deepseek_cookbook.augment.rewrite._changed': ( 'augment.rewrite.html#_changed',
+                                                                                                   'deepseek_cookbook/augment/rewrite.py'),
                                                    'deepseek_cookbook.augment.rewrite._chinese_words': ( 'augment.rewrite.html#_chinese_words',
                                                                                                          'deepseek_cookbook/augment/rewrite.py'),
                                                    'deepseek_cookbook.augment.rewrite._compiled': ( 'augment.rewrite.html#_compiled',

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deepseek_cookbook.augment.rewrite import (
     METHODS,
     NEGATIONS,
+    WINDOW,
     AugmentError,
     add_noise,
     augment,
@@ -283,3 +284,21 @@ def test_the_order_of_the_records_changes_nothing():
     assert by_id(augment(records)[0]) == by_id(augment(records[::-1])[0])
     with pytest.raises(AugmentError, match="Did you mean 'noise'"):
         augment(records, ["nois"])
+
+
+def test_a_long_text_is_changed_in_windows_and_keeps_its_numbers_and_code():
+    "Each change looks at some pieces around it, so that the work grows with the text and not with its square."
+    line = "please transfer 250 dollars from the account before noon, then run `pay --now` and tell Martha about it. "
+    text = line * 60
+    noisy = add_noise(text, seed=1)
+    assert noisy != text and noisy.count("250") == noisy.count("`pay --now`") == noisy.count("Martha") == 60
+    changed = [i // len(line) for i, (a, b) in enumerate(zip(text, noisy, strict=False)) if a != b]
+    assert changed and min(changed) < 20
+    counted = []
+
+    def edit(cut, chance):
+        counted.append(len(cut))
+        return [*cut[:1], ("x", "word"), *cut[1:]]
+
+    rewrite(text, edit, 20)
+    assert max(counted) == WINDOW
