@@ -65,7 +65,7 @@ def phase_together(name: str, chosen, force: bool = False, first=(), tell=print)
     run, phase = chosen.run_folder, pipeline.select([name])[0]
     def todo():
         if first: pipeline.cook(chosen, only=first, tell=lambda line: None)
-        pipeline.check_inputs(phase, run)
+        pipeline.check_inputs(phase, run, chosen)
         return force or not pipeline.is_finished(phase, pipeline.phase_key(phase, chosen, run), run)
     if not on_main(todo): return run.result(name)["result"]
     module, function = phase.function.split(":")
