@@ -49,7 +49,8 @@ def constitution(overrides: Overrides = None, profile: Profile = "laptop", debug
                  prompts: Annotated[str | None, typer.Option(help="your prompts (constitution.source)")] = None,
                  file: Annotated[str | None, typer.Option(help="your principles, YAML (constitution.file)")] = None):
     "Train by principles; on prompts of yours it goes on from the run's PPO, else SFT, else from the base."
-    alone("constitution", named(overrides, constitution__source=prompts, constitution__file=file), profile, force, debug)
+    words = named(overrides, constitution__source=prompts, constitution__file=file)
+    alone("constitution", words, profile, force, debug)
 
 # %% ../nbs/11c_stage_commands.ipynb #e7734e82
 STAGES = ("base", "sft", "ppo", "constitution")

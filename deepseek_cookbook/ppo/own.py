@@ -15,7 +15,8 @@ from pathlib import Path
 
 # %% ../../nbs/05m_ppo.own.ipynb #59193557
 from ..data.split import script_of
-from .principles import CHECKS, ConstitutionError, Principle, broken, helpfulness, load_constitution
+from .principles import CHECKS, ConstitutionError, Principle, broken, helpfulness
+from .principles import load_constitution
 from .prompts import held_questions, load_prompts, split_prompts
 from ..reward.functions import last_question
 from ..reward.gate import load_gate

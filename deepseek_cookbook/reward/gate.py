@@ -235,7 +235,8 @@ def check_gate(
         lines = [f"- {r['name']}: {'not measurable' if r['value'] is None else format(r['value'], '.3f')}, "
                  f"limit: {r['limit']}" for r in report.failed]
         raise GateError("\n".join(["the reward did not pass the gate; a policy would learn its faults.", *lines,
-                        "Give it more or better pairs, train longer, or pass force=True and watch what happens."]))
+                        "Give it more or better pairs, train longer, or pass force=True (task.force=true) and watch "
+                        "what happens. A page of what is finished: cook --only evaluate --only report."]))
     report.forced = bool(report.failed)
     return report
 
