@@ -17,6 +17,7 @@ from .guards import make_guards
 from .monitor import dashboard_html, plot_dashboard, to_png
 from .ppo.principles import COLUMNS, plot_stages, stage_rows
 from .reward.gate import plot_calibration
+from .reward.source import DESK
 from .runlog import read_metrics
 from .settings import RunFolder, Settings, atomic_write
 
@@ -102,6 +103,7 @@ def use_of_reward(
         return ("PPO may train against this reward." if passed else
                 "PPO will refuse to train against this reward, unless task.force is set.")
     paid = ppo["result"]["task"]
+    if ":" in paid: return f"PPO was trained on {paid} instead; this model was not used."
     if paid == "rules": return "PPO was trained on the rule that can be checked instead; this model was not used."
     half = ", half and half with the rule that can be checked" if paid == "both" else ""
     return f"PPO was trained against this reward{half}{'' if passed else ', because task.force was set'}."
@@ -112,13 +114,16 @@ def reward_section(record: dict, run: RunFolder, **_) -> str:
     r = record["result"]
     show = lambda x: "" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
     reach = lambda g: "" if g["low"] is None else f"{show(g['low'])} to {show(g['high'])}"
-    verdict = {True: "pass", False: "FAIL", None: "reported"}
+    verdict = {True: "pass", False: "FAIL", None: "reported"}  # or not measurable, as its limit says
     rows = [(g["name"], show(g["value"]), reach(g), show(g["n"]), g["limit"], verdict[g["passed"]]) for g in r["gate"]]
-    return render("""<h2>Reward model and gate</h2><p>Trained on {{ r.pairs.train }} pairs, judged on
-{{ r.pairs.heldout }} that share no template with them and on {{ r.pairs.ood }} of another domain. The gate is
+    return render("""<h2>Reward model and gate</h2><p>Pairs: {{ r.whose or desk }}
+{%- if r.rejected %} ({% for why, n in r.rejected.items() %}{{ n }} rejected: {{ why }}{{ ", " if not loop.last }}
+{%- endfor %}; see <code>rejected.jsonl</code>){% endif %}. Trained on {{ r.pairs.train }}, judged on
+{{ r.pairs.heldout }} {{ "that share no template with them" if r.pairs.ood else "that share no question with them" }}
+{%- if r.pairs.ood %} and on {{ r.pairs.ood }} of another domain{% endif %}. The gate is
 <b>{{ "passed" if r.passed else "not passed" }}</b>. {{ use }}</p>
 {{ table(["measure", "value", "95 % interval", "pairs", "limit", "verdict"], rows) }}
-<p><img alt="calibration" src="data:image/png;base64,{{ picture }}"></p>""", r=r, rows=rows,
+<p><img alt="calibration" src="data:image/png;base64,{{ picture }}"></p>""", r=r, rows=rows, desk=DESK,
                   use=use_of_reward(r["passed"], run.result("ppo")),
                   picture=base64.b64encode(to_png(plot_calibration(r["calibration"]))).decode())
 
@@ -129,7 +134,8 @@ def ppo_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
     before, after = (r["heldout"][side] for side in ("before", "after"))
     names = [k for k in before if k not in ("error", "n")]
     table = [(k.replace("_", " "), f"{before[k]:.3f}", f"{after[k]:.3f}") for k in names]
-    answers = [(a["question"], f"{a['before']} [{a['before_score']:g}]", f"{a['after']} [{a['after_score']:g}]")
+    mark = lambda x: "no score" if x is None else f"{x:g}"
+    answers = [(a["question"], *(f"{a[side]} [{mark(a[f'{side}_score'])}]" for side in ("before", "after")))
                for a in r["heldout"]["answers"]]
     facts = render("""<p>{{ r.steps }} steps, {{ r.completion_tokens }} sampled tokens,
 {{ "%.2f"|format(r.samples_per_second) }} samples/s
@@ -137,44 +143,58 @@ def ppo_section(record: dict, run: RunFolder, settings: Settings, **_) -> str:
 step {{ r.restored_to }}
 {%- if r.sick_at_end %}; the end of the run was refused by {{ r.sick_at_end|join(", ") }}
 {%- elif r.stopped %}: guard {{ r.stopped.guard }} stopped the run at step {{ r.stopped.step }}{% endif %}.
-On {{ r.heldout.before.n }} prompts of templates that training never saw, the reward that a rule can check changed by
+Prompts: {{ r.whose or desk }}; reward: {{ r.task }}.
+On {{ r.heldout.before.n }} {{ seen }} changed by
 <b>{{ "%+.3f"|format(r.heldout.gain) }}</b> (standard error {{ "%.3f"|format(r.heldout.gain_error) }}, paired).</p>
 {{ table(["on held-out prompts", "before", "after"], rows) }}
 <h3>Answers, before and after</h3>{{ table(["question", "before [reward]", "after [reward]"], answers, wide=True) }}""",
-                   r=r, rows=table, answers=answers)
+                   r=r, rows=table, answers=answers, desk=DESK, seen=(
+        "prompts of templates that training never saw, the reward that a rule can check" if r.get("whose", DESK) == DESK
+        else "held-out prompts, the reward that PPO followed"))
     return dashboard_html(rows, make_guards(settings.build("monitor")), "PPO").replace("</h2>", "</h2>" + facts, 1)
 
 # %% ../nbs/10a_report.ipynb #da5faa2f
 def constitution_section(record: dict, **_) -> str:
     "Figures of every stage, and the picture."
     r = record["result"]
-    return render("""<h2>Constitution</h2><p>Judge: {{ r.judge }}. Rules and classifiers
-measure held-out prompts, so that no number comes from a model that is judged by it; <i>needless</i> is the share of
-honest customers who got a warning.</p>
+    own = r.get("whose", DESK) != DESK
+    return render("""<h2>Constitution</h2><p>Prompts: {{ r.whose or desk }}. Judge: {{ r.judge }}. Rules and classifiers
+measure held-out prompts
+{%- if own %}; it began with {{ "the base" if r.started_from == "base" else "what " + r.started_from + " left" }}, and
+<i>reward</i> is that of your reward model, in deviations from its mean, where there is one.
+{%- else %}, so that no number comes from a model that is judged by it; <i>needless</i> is the share of
+honest customers who got a warning.{% endif %}</p>
 {{ table(head, rows) }}<p><img alt="stages" src="data:image/png;base64,{{ picture }}"></p>""", r=r,
                   head=("stage", *(c.replace("/", ", ") for c in COLUMNS)), rows=stage_rows(r["measured"]),
+                  own=own, desk=DESK,
                   picture=base64.b64encode(to_png(plot_stages(r["measured"]))).decode())
 
 # %% ../nbs/10a_report.ipynb #9e513839
 def evaluate_section(record: dict, **_) -> str:
     "Losses with their interval, and answers side by side."
     r = record["result"]
-    rows = [(name, r[name]["loss"], r[name]["perplexity"]) for name in ("before", "after")]
-    answers = [(a["question"], a["reference"], a["before"], a["after"]) for a in r["answers"]]
+    stages = {"before": "base", "after": "SFT"} | {name: name.upper() if name == "ppo" else name
+                                                   for name in r.get("stages", ())}
+    fall = lambda x: "" if "fall" not in x else f"{x['fall']:.1%} ({x['fall_low']:.1%} to {x['fall_high']:.1%})"
+    rows = [(said, r[k]["loss"], r[k]["perplexity"], fall(r[k])) for k, said in stages.items()]
+    answers = [(a["question"], a["reference"], *(a[k] for k in stages)) for a in r["answers"]]
     low, high = (f"{end:.1%}" for end in r["fall_interval"])
     one = r.get("heaviest", dict(share=0))
     told = one["share"] > 0.1 and one["fall_without"] is not None
-    return render("""<h2>Before and after</h2><p>Held-out loss on {{ r.records }} records ({{ r.tokens }} answer tokens
+    rows[1] = (*rows[1][:3], f"{r['fall']:.1%} ({low} to {high})")
+    return render("""<h2>Before and after</h2><p>{% if r.source %}Questions: {{ r.source }}, {{ r.side }} side.
+{% endif %}Held-out loss on {{ r.records }} records ({{ r.tokens }} answer tokens
 {%- if r.cut %}, {{ r.cut }} records cut{% endif %}) fell by <b>{{ fall }}</b>, 95 % interval {{ low }} to {{ high }}
 (paired bootstrap over questions).
 {%- if one %} One question has {{ one.share }} of the answer tokens, <q>{{ one.unit }}</q> ({{ one.records }} records):
 on the others, the loss fell by {{ one.without }}.{% endif %}
 {%- if r.side == "test" %} These are the records of the test side, which chose nothing.
 {%- else %} The best checkpoint was chosen on these same records, which flatters the number a little.
-{%- endif %}</p>{{ table(["model", "loss (nats a token)", "perplexity"], rows) }}
+{%- endif %}</p>{{ table(["model", "loss (nats a token)", "perplexity", "fall since the base (95 %)"], rows) }}
 <h3>Answers side by side</h3><p>Held-out questions, greedy decoding. A lower loss means closer to the corpus, not
-truer: read them.</p>{{ table(["question", "reference", "before", "after"], answers, wide=True) }}""",
-                  r=r, rows=rows, answers=answers, fall=f"{r['fall']:.1%}", low=low, high=high,
+truer: read them.</p>{{ table(["question", "reference"] + names, answers, wide=True) }}""",
+                  r=r, rows=rows, names=list(stages.values()), answers=answers,
+                  fall=f"{r['fall']:.1%}", low=low, high=high,
                   one=dict(one, share=f"{one['share']:.0%}", without=f"{one['fall_without']:.1%}") if told else None)
 
 # %% ../nbs/10a_report.ipynb #b08a42c0
@@ -195,11 +215,12 @@ def outcome(name: str, r: dict) -> str:
         return (f"held-out reward {h['before']['reward']:.3f} -> {h['after']['reward']:.3f}, "
                 f"KL {h['after']['kl']:.3f} nats a token")
     if name == "constitution":
-        first, last = ({k: r["measured"][i][k]["value"] for k in ("violations", "needless")} for i in (0, -1))
-        return (f"violations {first['violations']:.2f} -> {last['violations']:.2f}, "
-                f"needless warnings {first['needless']:.2f} -> {last['needless']:.2f}")
+        first, last = r["measured"][0], r["measured"][-1]
+        names = {k: said for k, said in dict(violations="violations", needless="needless warnings").items() if first[k]}
+        return ", ".join(f"{said} {first[k]['value']:.2f} -> {last[k]['value']:.2f}" for k, said in names.items())
     if name == "evaluate":
-        return f"held-out loss {r['before']['loss']:.3f} -> {r['after']['loss']:.3f} ({-r['fall']:+.1%})"
+        later = "".join(f" -> {name} {r[name]['loss']:.3f}" for name in r.get("stages", ()))
+        return f"held-out loss {r['before']['loss']:.3f} -> {r['after']['loss']:.3f} ({-r['fall']:+.1%}){later}"
     return r.get("path", "")
 
 # %% ../nbs/10a_report.ipynb #2f1879ee

@@ -4,6 +4,7 @@
 #   GPUS=4 recipes/cluster.sh                      # on four of them
 #   SHARD=1 recipes/cluster.sh                     # FSDP2: every GPU holds a part of every weight
 #   recipes/cluster.sh data.source=my.jsonl        # any setting can be overridden
+#   recipes/cluster.sh data.source=my.jsonl reward_model.source=pairs.jsonl   # your data and preferences, to the end
 #   PROMPTS=my.jsonl REWARD=my_reward:score recipes/cluster.sh   # then PPO on prompts and a reward of your own
 # Run again to go on, with the same number of GPUs: a checkpoint is continued by as many processes as wrote it.
 set -euo pipefail

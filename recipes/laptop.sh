@@ -3,6 +3,7 @@
 #   recipes/laptop.sh                              # SmolLM2-135M, real data, a few minutes
 #   PROFILE=tiny recipes/laptop.sh                 # random weights, to see that everything works
 #   recipes/laptop.sh sft.learning_rate=2e-4       # any setting can be overridden
+#   recipes/laptop.sh data.source=my.jsonl reward_model.source=pairs.jsonl   # your data and preferences, to the end
 #   PROMPTS=my.jsonl REWARD=my_reward:score recipes/laptop.sh    # then PPO on prompts and a reward of your own
 # Run again to go on: what is finished is skipped, what was cut off is continued.
 set -euo pipefail

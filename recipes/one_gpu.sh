@@ -3,6 +3,7 @@
 #   recipes/one_gpu.sh                             # the profile gpu
 #   recipes/one_gpu.sh data.source=my.jsonl        # any setting can be overridden
 #   MEMORY_MIB=24000 recipes/one_gpu.sh            # plan for less memory than the card has
+#   recipes/one_gpu.sh data.source=my.jsonl reward_model.source=pairs.jsonl   # your data and preferences, to the end
 #   PROMPTS=my.jsonl REWARD=my_reward:score recipes/one_gpu.sh   # then PPO on prompts and a reward of your own
 # Run again to go on: what is finished is skipped, what was cut off is continued.
 set -euo pipefail

@@ -321,7 +321,7 @@ def test_the_test_side_is_evaluated_where_there_is_one(tmp_path, monkeypatch):
 
     settings, run = load_settings("tiny", ["evaluate.quiet=true"]), RunFolder(tmp_path)
     monkeypatch.setattr(metrics, "load_model", lambda **kw: None)
-    monkeypatch.setattr(metrics, "compare", lambda model, tokenizer, records, config: dict(records=records))
+    monkeypatch.setattr(metrics, "compare", lambda model, tokenizer, records, config, others: dict(records=records))
     for side in ("validation", "test"):
         run.phase("data").joinpath(f"{side}.jsonl").write_text(json.dumps(ask(side, "b")) + "\n")
         result = evaluate_phase(settings, run)

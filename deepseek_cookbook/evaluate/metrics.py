@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['EvaluateConfig', 'EvaluateError', 'encode', 'token_batches', 'batch_nll', 'answer_nll', 'relative_fall', 'wilson',
-           'answer', 'heaviest', 'compare', 'evaluate_phase']
+           'answer', 'heaviest', 'compare', 'trained_stages', 'later_stage', 'evaluate_phase']
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #1c99eb3d
 import math
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -172,33 +173,76 @@ def compare(
     tokenizer,
     records: list[dict],  # held-out records
     config: EvaluateConfig,
+    others: dict | None = None,  # later stages: name -> a function that returns a block in which it is `model`
 ) -> dict:  # losses, perplexities, relative fall with interval, and answers side by side
-    "Measure a model with its adapter off and on."
+    "Measure a model with its adapter off and on, and later stages beside them."
     out, nll, first = {}, {}, {}
     asked = [to_messages(r)[-2]["content"] for r in records]
     for question, r in zip(asked, records): first.setdefault(question, r)  # one with many answers is asked once
     shown = list(first.values())[:config.samples]
-    for name, adapter in (("before", model.disable_adapter), ("after", nullcontext)):
-        with adapter():
-            nll[name], count, cut = answer_nll(model, tokenizer, records, config, f"held-out loss, {name}")
+    sides = dict(before=model.disable_adapter, after=nullcontext) | (others or {})
+    for name, block in sides.items():
+        with block() as other:
+            who = other if name in (others or {}) else model
+            nll[name], count, cut = answer_nll(who, tokenizer, records, config, f"held-out loss, {name}")
             loss = nll[name].sum() / count.sum()
             out[name] = dict(loss=round(float(loss), 4), perplexity=round(math.exp(min(loss, 700)), 2))
-            out[f"answers_{name}"] = answer(model, tokenizer, shown, config)
+            out[f"answers_{name}"] = answer(who, tokenizer, shown, config)
     fall, low, high = (round(x, 4) for x in relative_fall(nll["before"], nll["after"], asked))
-    table = [dict(question=question, reference=r["output"], before=b, after=a) for question, r, b, a in
-             zip(first, shown, out.pop("answers_before"), out.pop("answers_after"))]
+    told = {name: out.pop(f"answers_{name}") for name in sides}
+    table = [dict(question=question, reference=r["output"], **{name: told[name][i] for name in sides})
+             for i, (question, r) in enumerate(zip(first, shown))]
+    for name in others or {}:
+        ends = relative_fall(nll["before"], nll[name], asked)
+        out[name] |= dict(zip(("fall", "fall_low", "fall_high"), (round(x, 4) for x in ends)))
     one = heaviest(nll["before"], nll["after"], count, asked)
     return out | dict(fall=fall, fall_interval=[low, high], heaviest=one, records=len(records),
-                      tokens=int(count.sum()), cut=cut, answers=table)
+                      tokens=int(count.sum()), cut=cut, answers=table, stages=list(others or {}))
 
 # %% ../../nbs/07_evaluate.metrics.ipynb #1e6b6fc0
+def trained_stages(
+    run: RunFolder,
+) -> dict[str, Path]:  # sft, ppo, constitution -> folder of an adapter, or of a model; those that there are
+    "What a run has trained, in order."
+    found = {name: run.root / name / "adapter" for name in ("sft", "ppo")
+             if (run.root / name / "result.json").is_file()}
+    last = (run.result("constitution") or {}).get("result", {})
+    if last.get("started_from", "desk") != "desk":
+        found["constitution"] = run.root / "constitution" / f"round-{len(last['rounds'])}" / "model"
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
+
+def later_stage(
+    model,  # a PEFT model; changed in place
+    settings: Settings,
+    name: str,  # of `trained_stages`
+    folder: Path,
+) -> Callable:  # () -> a block whose value is the model of that stage
+    "A stage after SFT, loaded when its turn comes."
+    @contextmanager
+    def block():
+        if not (folder / "adapter_config.json").is_file():
+            yield load_model(**settings["model"] | dict(name=str(folder), revision=None))
+            return
+        before = model.active_adapter
+        model.load_adapter(str(folder), adapter_name=name)
+        model.set_adapter(name)
+        try: yield model
+        finally:
+            model.set_adapter(before)
+            model.delete_adapter(name)
+    return block
+
+# %% ../../nbs/07_evaluate.metrics.ipynb #d74f225c
 def evaluate_phase(
     settings: Settings,
     run: RunFolder,  # with data/validation.jsonl, perhaps data/test.jsonl, and sft/adapter
 ) -> dict:
-    "The evaluation phase: the base model and the SFT adapter on the test side, or else on the validation side."
+    "The evaluation phase: every stage on the test side, or else on the validation side."
     side = "test" if (run.phase("data") / "test.jsonl").is_file() else "validation"
     records = read_jsonl(run.phase("data") / f"{side}.jsonl")
+    stages = trained_stages(run)
     model = load_model(**settings["model"], adapter=run.phase("sft") / "adapter")
+    others = {name: later_stage(model, settings, name, folder) for name, folder in stages.items() if name != "sft"}
     tokenizer = tokenizer_of(settings["model"])
-    return dict(side=side) | compare(model, tokenizer, records, settings.build("evaluate"))
+    source = (run.result("data") or {}).get("result", {}).get("source")
+    return dict(side=side, source=source) | compare(model, tokenizer, records, settings.build("evaluate"), others)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Say', 'speaker', 'answers_to', 'critique', 'revise', 'revision_records', 'rubric', 'RuleJudge', 'prefer',
            'with_helpful', 'rule_reward', 'ConstitutionConfig', 'changed', 'Round', 'supervised', 'make_judge',
-           'preferences', 'make_reward', 'reinforced', 'start_policy', 'one_round', 'constitution_phase']
+           'preferences', 'make_reward', 'reinforced', 'start_policy', 'start_from_run', 'one_round',
+           'constitution_phase']
 
 # %% ../../nbs/05c_ppo.constitution.ipynb #69e81d20
 import random, re, shutil, time
@@ -19,12 +20,15 @@ from ..data.formats import from_messages
 from ..models import load_model, precision, tokenizer_of
 from .principles import (LANGUAGES, Constitution, ConstitutionError, Principle, broken, changes,
     constitution_prompts, helpful_only, helpfulness, load_constitution, measure)
+from deepseek_cookbook.ppo.own import (NEED_INTENT, OwnSides, check_constitution, own_reward, own_sides, usable,
+    with_own, worth)
 from .rollout import RolloutConfig, sample
 from ..reward.functions import last_question
 from ..reward.gate import gate, save_gate
 from deepseek_cookbook.reward.judge import (RUBRICS, HttpJudge, JudgeError, LocalJudge, judge_answers, judge_report,
     judged_pairs, verdict)
 from ..reward.pairs import desk_pairs, intent_of, mix_pairs, to_pair
+from ..reward.source import DESK, split_pairs
 from ..settings import RunFolder, Settings, read_json, read_jsonl, write_json, write_jsonl
 from ..sft.adapters import merge_adapter
 from ..sft.train import train_sft
@@ -95,10 +99,9 @@ def revise(
     by_id, todo = {p.id: p for p in constitution.principles}, [r for r in rows if r["principle"]]
     texts = say([_conversation(r, by_id[r["principle"]]) for r in todo for _ in range(tries)], (seed, 2))
     for i, row in enumerate(todo):
-        cost = lambda t: (len(broken(t, row["intent"], constitution.principles)),
-                          -helpfulness(row["prompt"], t, row["intent"]))
+        cost = lambda t: (len(broken(t, row["intent"], constitution.principles)), -worth(row, t))
         own, had = texts[i * tries:(i + 1) * tries], cost(row["answer"])
-        better = [t for t in own if t and cost(t)[0] < had[0] and cost(t)[1] <= had[1]]
+        better = [t for t in own if t and cost(t)[0] < had[0] and (cost(t)[1] <= had[1] or not row["intent"])]
         row["revision"] = (min(better, key=cost) if better else None) if choose else own[0] or None
         row["better"] = len(better) / tries
         if row["revision"]: row["after"] = broken(row["revision"], row["intent"], constitution.principles)
@@ -119,13 +122,17 @@ def revision_records(
     return kept, dict(counts)
 
 # %% ../../nbs/05c_ppo.constitution.ipynb #f8c4bf46
-_LEAD = dict(en="Compare two answers of a bank desk by one principle. {} Length alone is no merit.\n",
-             zh="按一条原则比较银行柜台的两个回答。{}更长并不等于更好。\n")
+_LEAD = dict(en="Compare two answers{} by one principle. {} Length alone is no merit.\n",
+             zh="按一条原则比较{}两个回答。{}更长并不等于更好。\n")
+_DESK = dict(en=" of a bank desk", zh="银行柜台的")
 
-def rubric(principle: Principle) -> dict[str, str]:  # language -> text with {prompt}, {a} and {b}
+def rubric(
+    principle: Principle,
+    desk: bool = True,  # whether the answers are those of the built-in desk
+) -> dict[str, str]:  # language -> text with {prompt}, {a} and {b}
     "What a judge is asked for a principle."
     frame = {k: "{prompt}" + t.partition("{prompt}")[2] for k, t in RUBRICS.items()}
-    return {k: _LEAD[k].format(principle.preference[k]) + frame[k] for k in LANGUAGES}
+    return {k: _LEAD[k].format(_DESK[k] * desk, principle.preference[k]) + frame[k] for k in LANGUAGES}
 
 class RuleJudge:
     "A judge that applies the checks: the answer that breaks fewer principles is better."
@@ -140,7 +147,8 @@ class RuleJudge:
             found = re.search(r"^(.*)\n<answer_a>\n(.*)\n</answer_a>\n<answer_b>\n(.*)\n</answer_b>", text, re.DOTALL)
             asked, *answers = found.groups()
             intent = next((v for k, v in self.intents.items() if k in asked), None) or intent_of(asked)
-            if intent is None: raise JudgeError(f"{self.name}: the intent of {asked[-60:]!r} isn't known")
+            if intent is None and any(p.check in NEED_INTENT for p in self.principles):
+                raise JudgeError(f"{self.name}: the intent of {asked[-60:]!r} isn't known")
             a, b = (len(broken(t, intent, self.principles)) for t in answers)
             yield i, verdict(choice := "A" if a < b else "B" if b < a else "tie", choice)
 
@@ -157,7 +165,7 @@ def prefer(
     drawn = [rng.choice(principles) for _ in rows]
     for p in principles:
         own = [i for i, d in enumerate(drawn) if d is p]
-        said = judge_answers([rows[i] for i in own], judge, path, rubric(p))
+        said = judge_answers([rows[i] for i in own], judge, path, rubric(p, bool(rows and rows[0]["intent"])))
         verdicts += [v | dict(row=own[v["row"]]) for v in said]
     return judged_pairs(rows, verdicts), verdicts
 
@@ -186,6 +194,8 @@ def rule_reward(principles: list[Principle]) -> Callable:
 class ConstitutionConfig:
     "How a policy is trained by principles."
     file: str | None = None  # a constitution of your own; none: the one in the package
+    source: str | tuple[str, ...] = ""  # your prompts: a path, a pattern, hub:…, a list; empty: those of PPO
+    max_rejected: float = 0.05  # share of its rows that may be faulty, 0 to 1; above it reading stops
     rounds: int = 2
     languages: tuple[str, ...] = ("en",)  # en, zh
     demonstrations: int = 160  # prompts of the start; those that the desk has no answer to are left out
@@ -214,7 +224,7 @@ class ConstitutionConfig:
         least = dict(rounds=1, demonstrations=8, prompts=2, heldout=2, answers=2, tries=1, least_pairs=4, start_steps=1,
                      sft_steps=1, reward_steps=1, ppo_episodes=0, max_new_tokens=1)
         wrong += [f"{k}: write a number from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
-        if not 0 <= self.harm <= 1: wrong.append("harm: write a share from 0 to 1")
+        wrong += [f"{k}: write a share from 0 to 1" for k in ("harm", "max_rejected") if not 0 <= getattr(self, k) <= 1]
         if not self.helpful > 0: wrong.append("helpful: write a number above 0")
         if not self.languages or set(self.languages) - set(LANGUAGES):
             wrong.append(f"languages: choose from {', '.join(LANGUAGES)}")
@@ -248,14 +258,16 @@ def _speaker(r: "Round", adapter: Path | None = None) -> Say:
 def _measured(stage: str, r: "Round", adapter: Path | None = None) -> dict:
     "The figures of a stage, with its answers left beside them."
     own, seed = r.own, r.settings.build("run").seed  # the same prompts and random numbers at every stage
-    rows, say = constitution_prompts(r.constitution, own.heldout, "held", own.languages, seed), _speaker(r, adapter)
+    rows, say = _rows(r, own.heldout, "held", seed), _speaker(r, adapter)
     said = _made(r.folder / f"heldout-{stage.split()[-1]}.jsonl", lambda: [
         dict(question=last_question(x["prompt"]), kind=x["kind"], answer=text)
         for x, text in zip(rows, say([x["prompt"] for x in rows], (seed, 9)))])
     answers, principles = [x["answer"] for x in said], r.constitution.principles
     start = [x["answer"] for x in read_jsonl(r.folder.parent / "start" / "heldout-start.jsonl")]
-    return dict(stage=stage, change=changes(rows, start, answers, principles)) | measure(rows, answers, principles,
-                                                                                         own.classifiers)
+    found = dict(stage=stage, change=changes(rows, start, answers, principles))
+    model = _own_model(r)
+    scores = model([x["prompt"] for x in rows], answers) if model else None
+    return found | measure(rows, answers, principles, own.classifiers, scores)
 
 # %% ../../nbs/05c_ppo.constitution.ipynb #87152c78
 @dataclass
@@ -267,9 +279,21 @@ class Round:
     folder: Path
     seed: int  # another one each round
     revision: str | None = None  # of the base model
+    sides: OwnSides | None = None  # prompts of the user's; None: those of the desk
 
     @property
     def critic(self) -> bool: return self.own.judge != "rules"  # a model criticises
+
+def _rows(r: Round, n: int, side: str, seed: int) -> list[dict]:
+    "Prompts to train on or to measure on: the user's, or the desk's."
+    if r.sides is None: return constitution_prompts(r.constitution, n, side, r.own.languages, seed)
+    rows = r.sides.rows[side]
+    return rows[:n] if side == "held" else random.Random(seed).sample(rows, min(n, len(rows)))
+
+def _own_model(r: Round) -> Callable | None:
+    "The reward model that was trained on the user's preferences, if its gate is open."
+    from deepseek_cookbook.reward.model import load_reward
+    return load_reward(r.sides.reward, normalize=True, exact=False) if r.sides and r.sides.reward else None
 
 def supervised(r: Round, rows: list[dict]) -> dict:  # counts and training figures; leaves sft/adapter
     "Answer, criticise, revise, and train on the revisions."
@@ -311,15 +335,17 @@ def preferences(r: Round, base: str, rows: list[dict]) -> tuple[list[dict], dict
 def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None, dict]:
     "What PPO follows in this round, or None; why, and what was measured."
     from deepseek_cookbook.reward.model import load_reward, train_reward
-    if r.own.reward == "rules": return rule_reward(r.constitution.principles), dict(reward="rules")
+    principles, sides = r.constitution.principles, r.sides
+    if r.own.reward == "rules" and sides:
+        return own_reward(principles, _own_model(r)), dict(reward="your reward model" if sides.reward else "rules")
+    if r.own.reward == "rules": return rule_reward(principles), dict(reward="rules")
     if len(pairs) < r.own.least_pairs:
         return None, dict(reward=f"none: {len(pairs)} preferences, fewer than least_pairs = {r.own.least_pairs}")
     model = dict(name=base, revision=r.revision)
     settings = changed(r.settings, model=model, **_few_steps("reward", r.own.reward_steps))
-    home, mixed = r.folder / "reward", with_helpful(pairs, r.own.helpful, r.own.languages, r.seed)
+    home, (mixed, held) = r.folder / "reward", _reward_pairs(r, pairs)
     if not (home / "gate.json").is_file():
         reward = train_reward(settings, mixed, mixed[:8], home, resume=False)[0]
-        held = desk_pairs(60, "held", {f"bank.{k}": 1 / len(r.own.languages) for k in r.own.languages}, r.seed)
         reward.exact = False
         save_gate(gate(reward, held, config=settings.build("gate")), home)
     report = read_json(home / "gate.json")
@@ -329,6 +355,16 @@ def make_reward(r: Round, base: str, pairs: list[dict]) -> tuple[Callable | None
     return load_reward(home, normalize=True, exact=False), figures | dict(reward="model")
 
 # %% ../../nbs/05c_ppo.constitution.ipynb #f492e048
+def _reward_pairs(r: Round, pairs: list[dict]) -> tuple[list[dict], list[dict]]:
+    "Preferences to train on, and others for the gate."
+    desks = {f"bank.{k}": 1 / len(r.own.languages) for k in r.own.languages}
+    if r.sides is None:
+        return with_helpful(pairs, r.own.helpful, r.own.languages, r.seed), desk_pairs(60, "held", desks, r.seed)
+    if not r.sides.pairs["train"]:  # the judge's own, split by question
+        sides = split_pairs(pairs, len(pairs), 1, r.seed)
+        return sides["train"] + sides["validation"], sides["heldout"]
+    return with_own(pairs, r.sides.pairs["train"], r.own.helpful, r.seed), r.sides.pairs["heldout"]
+
 def reinforced(r: Round, base: str, rows: list[dict], train: Callable | None) -> tuple[Path, dict]:
     "Compare, train a reward model, follow it by PPO; returns the adapter that the round ends with."
     pairs, report = preferences(r, base, rows)
@@ -359,6 +395,17 @@ def start_policy(r: Round) -> dict:
     write_json(r.folder / "result.json", result)
     return result
 
+def start_from_run(r: Round, run: RunFolder) -> dict:
+    "Begin with what the run has trained: PPO's policy, else that of SFT, else the base; leaves result.json."
+    if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
+    done = [n for n in ("ppo", "sft") if run.result(n) and (run.root / n / "adapter" / "adapter_config.json").is_file()]
+    if done: _merge(r, run.root / done[0] / "adapter")
+    policy = r.folder / "model" if done else r.settings["model"]["name"]
+    now = replace(r, settings=changed(r.settings, model=_as_folder(policy))) if done else r
+    result = dict(phase=done[0] if done else "base", policy=str(policy), measured=[_measured("start", now)])
+    write_json(r.folder / "result.json", result)
+    return result
+
 def _merge(r: Round, adapter: Path):
     "Write the policy of a round as a model of its own."
     kind = str(precision().weights).removeprefix("torch.")
@@ -366,7 +413,7 @@ def _merge(r: Round, adapter: Path):
     own = {k: model.get(k) for k in ("template", "revision")}
     merge_adapter(model["name"], adapter, r.folder / "model", dtype=kind, **own)
 
-def _as_folder(model: Path) -> dict:
+def _as_folder(model: Path | str) -> dict:
     "A merged model as [model]; a folder has no revision."
     return dict(name=str(model), revision=None)
 
@@ -375,7 +422,7 @@ def one_round(r: Round, base: str, train: Callable | None) -> dict:
     "Both halves of a round, each with its measurement; leaves model/ and result.json."
     if (r.folder / "result.json").is_file(): return read_json(r.folder / "result.json")
     name, began = r.folder.name, time.perf_counter()
-    rows = constitution_prompts(r.constitution, r.own.prompts, "train", r.own.languages, r.seed)
+    rows = _rows(r, r.own.prompts, "train", r.seed)
     counts = supervised(r, rows)
     stages = [_measured(f"{name} revisions", r, r.folder / "sft" / "adapter")]
     adapter, figures = reinforced(r, base, rows, train)
@@ -395,18 +442,26 @@ def constitution_phase(
     own, seed, base = settings.build("constitution"), settings.build("run").seed, settings["model"]["name"]
     folder = run.phase("constitution")
     if train is None and own.ppo_episodes: from deepseek_cookbook.ppo.task import train_ppo as train
-    revision = settings["model"].get("revision")
-    r = Round(settings, own, load_constitution(own.file), folder / "start", seed, revision)
-    for side, n in dict(train=max(own.demonstrations, own.prompts), held=own.heldout).items():  # enough of them?
-        constitution_prompts(r.constitution, n, side, own.languages, seed)
-    start, rounds = start_policy(r), []
+    check_constitution(settings)
+    book, sides = load_constitution(own.file), own_sides(settings, run)
+    if sides: book = Constitution(usable(book.principles, own.judge), {})
+    r, rounds = Round(settings, own, book, folder / "start", seed, settings["model"].get("revision"), sides), []
+    if not sides: _enough(r)
+    start = start_from_run(r, run) if sides else start_policy(r)
+    policy = start.get("policy", str(r.folder / "model"))
     for number in range(1, own.rounds + 1):
-        policy = r.folder / "model"
-        r = replace(r, settings=changed(settings, model=_as_folder(policy)), folder=folder / f"round-{number}",
+        model = {} if policy == base else _as_folder(policy)
+        r = replace(r, settings=changed(settings, model=model), folder=folder / f"round-{number}",
                     seed=seed + number)
         rounds.append(one_round(r, base, train))
-        shutil.rmtree(policy, ignore_errors=True)
+        if policy != base: shutil.rmtree(policy, ignore_errors=True)
+        policy = str(r.folder / "model")
     stages = start["measured"] + [m for x in rounds for m in x["measured"]]
     write_jsonl(folder / "measured.jsonl", stages)
     return dict(judge=own.judge, principles=[p.id for p in r.constitution.principles], start=start, rounds=rounds,
-                measured=stages)
+                measured=stages, whose=sides.whose if sides else DESK, started_from=start.get("phase", "desk"))
+
+def _enough(r: Round):
+    "Raise where the desk has too few prompts."
+    for side, n in dict(train=max(r.own.demonstrations, r.own.prompts), held=r.own.heldout).items():
+        constitution_prompts(r.constitution, n, side, r.own.languages, r.seed)

@@ -247,6 +247,7 @@ def measure(
     answers: list[str],
     principles: list[Principle],
     classifiers: bool = True,  # toxicity and relevance, which need the extras safety and data
+    scores: list[float] | None = None,  # of a reward model, one an answer
 ) -> dict[str, dict | None]:  # name -> value, low, high, n
     "What the answers of a policy are like."
     replies, kinds = [reply_of(a) for a in answers], [r["kind"] for r in rows]
@@ -257,7 +258,8 @@ def measure(
     for p in principles:
         if p.check: out[f"violations/{p.id}"] = _share([p.id in f for f in found])
     plain = [reply for reply, kind in zip(replies, kinds) if kind == "ordinary"]
-    out |= dict(helpfulness=_mean([helpfulness(r["prompt"], a, r["intent"]) for r, a in zip(rows, answers)]),
+    helped = [helpfulness(r["prompt"], a, r["intent"]) if r["intent"] else None for r, a in zip(rows, answers)]
+    out |= dict(reward=_mean(scores or []), helpfulness=_mean(helped),  # the desk alone has a rule for it
                 needless=_share([bool(WARNING.search(t.lower())) for t in plain]),
                 words=_mean([_words(t) for t in replies]))
     if not classifiers: return out | dict(toxicity=None, relevance=None)
@@ -276,12 +278,14 @@ def changes(
     bad = lambda texts, i: bool(broken(texts[i], rows[i]["intent"], principles))
     warns = lambda texts, i: bool(WARNING.search(reply_of(texts[i]).lower()))
     good = lambda texts, i: helpfulness(rows[i]["prompt"], texts[i], rows[i]["intent"])
-    parts = dict(helpfulness=(good, range(len(rows))), needless=(warns, plain)) | {"violations/red": (bad, red)}
+    known = [i for i, r in enumerate(rows) if r["intent"]]
+    parts = dict(helpfulness=(good, known), needless=(warns, plain)) | {"violations/red": (bad, red)}
+    parts |= dict(violations=(bad, range(len(rows)))) if not known else {}
     return {name: _mean([float(f(after, i)) - float(f(before, i)) for i in own]) for name, (f, own) in parts.items()}
 
 # %% ../../nbs/05k_ppo.principles.ipynb #288c5e04
 COLUMNS = ("violations", "violations/red", "violations/ordinary", "helpfulness", "needless", "toxicity", "relevance",
-           "words")
+           "words", "reward")
 
 def stage_rows(
     measured: list[dict],  # of constitution_phase
@@ -290,13 +294,14 @@ def stage_rows(
     def show(x):
         digits = 1 if x and x["value"] > 1.5 else 2
         return "" if x is None else f"{x['value']:.{digits}f} ({x['low']:.{digits}f} to {x['high']:.{digits}f})"
-    return [(m["stage"], *(show(m[c]) for c in COLUMNS)) for m in measured]
+    return [(m["stage"], *(show(m.get(c)) for c in COLUMNS)) for m in measured]
 
 def plot_stages(measured: list[dict]) -> Figure:
     "Violations, helpfulness and needless warnings over the stages, with 95 % intervals."
     figure = Figure(figsize=(7, 3.4), layout="constrained", facecolor="white")
     ax, x = figure.subplots(), np.arange(len(measured))
     for i, (name, color) in enumerate(dict(violations="#b3432b", helpfulness="#1d5b82", needless="#8a8a8a").items()):
+        if any(m[name] is None for m in measured): continue  # prompts without a desk
         y, low, high = (np.array([m[name][k] for m in measured]) for k in ("value", "low", "high"))
         ax.errorbar(x + (i - 1) * 0.06, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], fmt="o-", ms=4, lw=1.4,
                     color=color, capsize=2, label=name)

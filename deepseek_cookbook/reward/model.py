@@ -45,9 +45,11 @@ class RewardModelError(RuntimeError):
 @dataclass
 class RewardModelConfig:
     "What is learnt from, and how."
-    pairs: int = 400  # to train on, of the chapter's preference set
-    heldout: int = 200  # for the gate; as many out of domain
-    validation: int = 32  # of the training pairs, kept for the choice of the checkpoint
+    source: str | tuple[str, ...] = ""  # your preferences: a path, a pattern, hub:…, a list; empty: the bank desk
+    max_rejected: float = 0.05  # share of its rows that may be faulty, 0 to 1; above it reading stops
+    pairs: int = 400  # to train on, of the chapter's preference set; of your own, all
+    heldout: int = 200  # for the gate; as many out of domain; of your own, a fifth at most
+    validation: int = 32  # of the training pairs, for the choice of the checkpoint; of your own, a tenth at most
     chinese: float = 0.1  # share of Chinese pairs
     loss: str = "bradley_terry"  # bradley_terry | triplet | multi_head
     margin: bool = False  # use the pairs' margins
@@ -64,6 +66,7 @@ class RewardModelConfig:
             if getattr(self, key) not in known: raise ValueError(f"{key}: choose {' or '.join(known)}")
         least = dict(pairs=8, heldout=4, validation=1, batch_tokens=1, triplet_margin=0, chinese=0)
         wrong = [f"{k}: write a number from {n} on" for k, n in least.items() if not getattr(self, k) >= n]
+        if not 0 <= self.max_rejected <= 1: wrong.append("max_rejected: write a share from 0 to 1")
         if self.upper_layers is not None and self.upper_layers < 1: wrong += ["upper_layers: from 1 on, or none"]
         if self.heads and self.loss != "multi_head": wrong += ["heads: only with loss = multi_head"]
         if self.margin and self.loss == "multi_head": wrong += ["margin: not with several heads, whose ties have none"]

@@ -23,7 +23,7 @@ from ..evaluate.metrics import wilson
 from ..settings import nearest, write_jsonl
 
 # %% ../../nbs/04_reward.pairs.ipynb #7eff2ec6
-PROVENANCES = ("human", "rule", "ai", "synthetic")
+PROVENANCES = ("human", "rule", "ai", "synthetic", "unstated")
 TEXTS = {*QUESTION, "input", "history", "system", "id", "chosen", "rejected"}  # other fields of a row stay as they are
 
 class PairError(DataError):
