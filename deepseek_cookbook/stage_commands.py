@@ -70,13 +70,13 @@ def stage_folder(
 
 def load_stage(chosen, phase: str):
     "Model and tokenizer of a stage."
-    from deepseek_cookbook.models import load_model, load_tokenizer
+    from deepseek_cookbook.models import load_model, load_tokenizer, tokenizer_of
     base = chosen["model"]
-    if phase == "base": return load_model(**base), load_tokenizer(base["name"])
+    if phase == "base": return load_model(**base), tokenizer_of(base)
     folder = stage_folder(chosen, phase)
     whole = not (folder / "adapter_config.json").is_file()
-    model = load_model(**base | dict(name=str(folder))) if whole else load_model(**base, adapter=folder)
-    return model, load_tokenizer(str(folder) if phase == "constitution" else base["name"])
+    if whole: return load_model(**base | dict(name=str(folder), revision=None)), load_tokenizer(str(folder))
+    return load_model(**base, adapter=folder), tokenizer_of(base)
 
 # %% ../nbs/11c_stage_commands.ipynb #39d02a8d
 def split_words(
@@ -94,14 +94,15 @@ def say(
     temperature: float = 0.0,  # 0: the likeliest word each time
 ) -> str:  # the answer; it is also printed while it is made
     "Answer a conversation, token by token."
+    import torch
     from transformers import TextStreamer
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    batch = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    from deepseek_cookbook.templates import chat_ids
+    ids = torch.tensor([chat_ids(tokenizer, messages, add_generation_prompt=True)["input_ids"]], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-    out = model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer, **sampling,
-                         pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(out[0, batch["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
+                         **sampling, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
 # %% ../nbs/11c_stage_commands.ipynb #fa2342f4
 @stages.command()
