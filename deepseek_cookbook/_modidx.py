@@ -643,6 +643,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'deepseek_cookbook/data/formats.py'),
                                                 'deepseek_cookbook.data.formats._with_format': ( 'data.formats.html#_with_format',
                                                                                                  'deepseek_cookbook/data/formats.py'),
+                                                'deepseek_cookbook.data.formats.built_in_values': ( 'data.formats.html#built_in_values',
+                                                                                                    'deepseek_cookbook/data/formats.py'),
                                                 'deepseek_cookbook.data.formats.chatterbot_records': ( 'data.formats.html#chatterbot_records',
                                                                                                        'deepseek_cookbook/data/formats.py'),
                                                 'deepseek_cookbook.data.formats.corpus_folder': ( 'data.formats.html#corpus_folder',

@@ -164,7 +164,7 @@ def test_ten_different_rows_in_a_thousand():
 def test_the_corpus_is_sound_and_what_is_not_has_a_reason(language):
     records, rejected = load_records(f"chatterbot:{language}")
     assert len(records) > 400 and all(check_record(r) == [] for r in records)
-    assert all(r["reason"] == "malformed" and r["detail"] and r["source"].startswith(language) for r in rejected)
+    assert all(r["reason"] == "malformed" and r["detail"] and r["file"] == f"chatterbot:{language}" for r in rejected)
 
 
 @pytest.mark.parametrize(
@@ -356,3 +356,17 @@ def test_the_key_of_the_phase_depends_on_augmentation(tmp_path):
 
     run, changes = RunFolder(tmp_path), [[], ["data.augment=true"], ["data.augment=true", 'augment.methods=["swap"]']]
     assert len({phase_key(select(["data"])[0], load_settings("tiny", c), run) for c in changes}) == 3
+
+
+def test_sources_of_the_package_stand_beside_files(tmp_path):
+    from deepseek_cookbook.data.desk import desk_records
+
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"instruction": "Why?", "input": "", "output": "So.", "history": []}\n')
+    records, rejected = load_records(f"{file}, desk:english/12, chatterbot:english/trivia")
+    assert records[0]["output"] == "So." and records[1:13] == desk_records("english", 12)
+    assert [r["file"] for r in rejected] == ["chatterbot:english/trivia"]
+    assert len(load_records("desk:chinese")[0]) == 480
+    for wrong in ("desk:french", "desk:english/many", "desk:english/0", "desk:"):
+        with pytest.raises(DataError, match="desk"):
+            load_records(wrong)

@@ -312,7 +312,7 @@ def test_out_of_memory_comes_with_the_planners_advice(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr(SFTTrainer, "training_step", full)
-    with pytest.raises(TrainError, match=r"planner reckons .* GiB for 8 rows of 128 tokens"):
+    with pytest.raises(TrainError, match=r"planner reckons .* GiB for 8 rows of 512 tokens"):
         train_sft(short(), RECORDS, RECORDS[:4], tmp_path)
 
 

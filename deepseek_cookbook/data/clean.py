@@ -28,7 +28,7 @@ from .filters import (MAYBE, PIECE, SIGN, Idf, clean_characters, content_fault, 
                                             language, mask_pii, normalize, pieces)
 from .formats import (FIELDS, LEFT_OUT, MAX_LINE, DataError, Row, check_record, iter_raw,
                                              iter_rows, parse_line)
-from .sources import source_files
+from .sources import NO_FILES, source_files
 from .values import reason_of
 from ..settings import atomic_write
 
@@ -371,7 +371,7 @@ TABLE = re.compile(r"\.(csv|tsv|txt|parquet)(\.gz|\.zst)?$", re.IGNORECASE)
 def _is_records(source, limit: int) -> bool:
     "Whether this is one file of lines with the four fields, which the workers can parse themselves."
     files = source_files(source)
-    if len(files) != 1 or files[0].startswith("hub:") or TABLE.search(files[0]): return False
+    if len(files) != 1 or files[0].startswith(NO_FILES) or TABLE.search(files[0]): return False
     rows = (parse_line(line)[0] for _, line, faults in islice(iter_raw(files[0], limit), 100) if not faults)
     first = next((row for row in rows if isinstance(row, dict)), {})
     return FIELDS.keys() <= first.keys()
