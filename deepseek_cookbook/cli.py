@@ -33,7 +33,7 @@ app.registered_commands += stages.registered_commands  # reward, constitution, a
 def cook(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug = False,
          only: Annotated[list[str] | None, typer.Option(help="run this phase alone (may be repeated)")] = None,
          force: Annotated[bool, typer.Option(help="run again what is finished")] = False):
-    "Walk the whole path: data, SFT, evaluation, report. Goes on where it was cut off."
+    "Walk the whole path, from data to the report, or the phases that --only names. Goes on where it was cut off."
     choice = prepare(debug)
     with clear_errors(debug):
         from deepseek_cookbook.pipeline import cook as walk
@@ -45,7 +45,9 @@ def cook(overrides: Overrides = None, profile: Profile = "laptop", debug: Debug 
         for column in ("phase", "time", "peak memory", "what came out"): table.add_column(column)
         for row in phase_rows(records): table.add_row(*row)
         console.print(table)
-        console.print(f"Report: {settings.run_folder.root / 'report.html'}", markup=False)
+        root = settings.run_folder.root
+        told = f"Report: {root / 'report.html'}" if "report" in records else f"Files: {root}"
+        console.print(told, markup=False)
 
 # %% ../nbs/11_cli.ipynb #dbaf09e8
 @contextmanager
