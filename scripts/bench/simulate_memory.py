@@ -12,6 +12,7 @@ The fake device is a CPU: torch without CUDA can't build graphs on a fake GPU. W
 - attention is SDPA's fused kernel for CPUs. It keeps query, key, value, mask, output and one FP32 number a row and
   head, as the memory-efficient kernel for GPUs does; work space inside a kernel isn't seen on either;
 - dropout is called by the kernel that GPUs use, with a mask of one byte a number;
+- autocast has the CPU's list of operations; a Llama block's come out alike;
 - the output layer's loss is a stand-in for TRL's Triton kernel: one tile of 4096 tokens x 32768 words, an FP32 gradient
   of the hidden states, no gradient of the layer;
 - the optimizer is AdamW without temporary copies, as the fused one for GPUs.
@@ -27,7 +28,7 @@ import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 GIB = 2**30
-DEVICE = torch.device("cpu")
 TILE = 4096, 32768  # tokens, words: as in TRL's kernels/chunked_logprob.py
 
 
@@ -163,7 +163,7 @@ class Simulation:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def run(self, micro_step, accumulation: int) -> dict:
+    def run(self, micro_step, accumulation: int = 1) -> dict:
         "The second step's peak: optimizer states are there, gradients too in its second part."
         with self.fake:
             for _ in range(2):
@@ -173,17 +173,29 @@ class Simulation:
                 self.step()
         return dict(self.tracker.at_peak) | dict(peak=self.tracker.peak)
 
+    def without_learning(self, passes) -> dict:
+        "The peak of passes without gradients, beside the optimizer's states."
+        with self.fake:
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            self.step()
+            self.tracker.restart()
+            passes()
+        return dict(self.tracker.at_peak) | dict(peak=self.tracker.peak)
+
 
 def sft(shape, settings):
-    "Rows of the maximum length, packed end to end; all tokens count for the loss."
+    "Rows of the maximum length, all of whose tokens count for the loss; packed, they are one row."
     from peft import get_peft_model
 
-    from deepseek_cookbook.planner import GPUS, Job
+    from deepseek_cookbook.planner import ALL_LINEAR, GPUS, Job
     from deepseek_cookbook.sft.lora import lora_config
 
     args = settings["sft"]
     rows, length, times = (args[k] for k in (
         "per_device_train_batch_size", "max_length", "gradient_accumulation_steps"))
+    packed = args["packing"]
     base = llama(shape)
     with torch.device("meta"):
         model = as_on_gpu(get_peft_model(base, lora_config(base, settings["lora"])))
@@ -191,15 +203,20 @@ def sft(shape, settings):
     run = Simulation(model.train())
 
     def micro_step():
-        ids_BT, place_BT = torch.zeros(1, rows * length, dtype=torch.long), torch.arange(length).repeat(rows)[None]
+        ids_BT = torch.zeros(rows, length, dtype=torch.long)
+        more = dict(attention_mask=torch.ones_like(ids_BT))
+        if packed:
+            ids_BT, more = ids_BT.view(1, -1), dict(position_ids=torch.arange(length).repeat(rows)[None])
         with run.forward(autocast=True):
-            hidden_BTD = base.model(input_ids=ids_BT, position_ids=place_BT, use_cache=False).last_hidden_state
+            hidden_BTD = base.model(input_ids=ids_BT, use_cache=False, **more).last_hidden_state
             loss = TiledLoss.apply(hidden_BTD.flatten(0, 1), base.lm_head.weight).sum()
         del hidden_BTD
         run.backward(loss)
 
+    named = settings["lora"]["target_modules"]
+    targets = ALL_LINEAR if named == "all-linear" else tuple(named)
     job = Job(shape, "lora", batch=rows * times, seq_len=length, rank=settings["lora"]["r"],
-              dropout=settings["lora"]["lora_dropout"], device=GPUS["a100-80g"])
+              dropout=settings["lora"]["lora_dropout"], packed=packed, targets=targets, device=GPUS["a100-80g"])
     return run.run(micro_step, times), job, rows
 
 
@@ -228,8 +245,8 @@ def reward(shape, settings):
         run.backward(loss)
 
     job = Job(shape, "lora", batch=rows, seq_len=length, rank=config.r, dropout=config.lora_dropout,
-              device=GPUS["a100-80g"])
-    return run.run(micro_step, 1), job, rows
+              loss="score", device=GPUS["a100-80g"])
+    return run.run(micro_step), job, rows
 
 
 def ppo_models(shape, settings):
@@ -248,37 +265,135 @@ def ppo_models(shape, settings):
     models.policy.eval().requires_grad_(False)
     for p in trained(models).values():
         p.requires_grad_(True)
-    return models, list(trained(models))
+    return models
 
 
-def ppo(shape, settings, prompt: int = 256):
-    "An update: the policy's pass, then the value's, each with its own backward pass; prompts as long as answers."
+def ppo_job(shape, settings, length: int):
     from deepseek_cookbook.planner import GPUS, Job
-    from deepseek_cookbook.ppo.policy import trained
+
+    args, rollout = settings.build("ppo"), settings.build("rollout")
+    return Job(shape, "ppo", adapters=True, batch=args.batch_size, seq_len=length, rank=settings["lora"]["r"],
+               completion=rollout.max_new_tokens, generated=rollout.batch_size, device=GPUS["a100-80g"])
+
+
+def update(shape, settings, prompt: int = 256):
+    "PPO's update: the policy's pass, then the value's, each with its own way back."
     from deepseek_cookbook.ppo.rollout import base_of, head_logprobs, no_dropout
 
     args, rollout = settings.build("ppo"), settings.build("rollout")
     rows, length = args.per_device_train_batch_size, prompt + rollout.max_new_tokens
-    models, _ = ppo_models(shape, settings)
+    models = ppo_models(shape, settings)
     run = Simulation(models.policy, models.head)
-    backbone, head = base_of(models.policy).base_model, base_of(models.policy).get_output_embeddings()
+    backbone, output = base_of(models.policy).base_model, base_of(models.policy).get_output_embeddings()
+
+    def states(ids_BT):
+        return backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)[0][:, prompt - 1 : -1]
 
     def micro_step():
         ids_BT = torch.zeros(rows, length, dtype=torch.long)
-        inputs = dict(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)
         with models.as_policy(), no_dropout(models.policy, recompute=True):
             with run.forward(autocast=False):
-                hidden_BCD = backbone(**inputs)[0][:, prompt - 1 : -1]
-                loss = head_logprobs(hidden_BCD.flatten(0, 1), ids_BT[:, prompt:].flatten(), head,
-                                     learn_entropy=args.entropy_coef > 0)[0].sum()
-            del hidden_BCD
+                targets_N = ids_BT[:, prompt:].flatten()
+                loss = head_logprobs(states(ids_BT).flatten(0, 1), targets_N, output, learn_entropy=False)[0].sum()
             run.backward(loss)
         del loss
         with models.as_value(), no_dropout(models.frozen, recompute=True):
             with run.forward(autocast=False):
-                loss = models.head(backbone(**inputs)[0][:, prompt - 1 : -1].float()).sum()
+                loss = models.head(states(ids_BT).float()).sum()
             run.backward(loss)
 
-    job = Job(shape, "ppo", adapters=True, batch=args.batch_size, seq_len=length, rank=settings["lora"]["r"],
-              dropout=0, completion=rollout.max_new_tokens, device=GPUS["a100-80g"])
-    return run.run(micro_step, 2), job, rows
+    job = ppo_job(shape, settings, length)
+    return run.run(micro_step, 2), replace(job, generated=1), rows  # the update's moment alone
+
+
+def generate(shape, settings, prompt: int = 256):
+    "PPO's rollout: reading the prompts, and the last tokens, when the cache is full."
+    from transformers import DynamicCache
+
+    from deepseek_cookbook.ppo.rollout import base_of
+
+    rollout = settings.build("rollout")
+    models = ppo_models(shape, settings)
+    run, model = Simulation(models.policy, models.head), base_of(models.policy)
+    rows, length = rollout.batch_size, prompt + rollout.max_new_tokens
+
+    def read(ids_BT, cache, seen: int):
+        mask_BT = torch.ones(rows, seen + ids_BT.shape[1], dtype=torch.long)
+        place_BT = torch.arange(seen, mask_BT.shape[1])[None].expand(rows, -1)
+        model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=place_BT, past_key_values=cache, use_cache=True,
+              logits_to_keep=1)
+
+    @torch.no_grad()
+    def passes():
+        with run.tracker.counting("work"):
+            read(torch.zeros(rows, prompt, dtype=torch.long), DynamicCache(config=model.config), 0)
+        cache, width = DynamicCache(config=model.config), model.config.head_dim
+        with run.tracker.counting("cache"):
+            for layer in range(shape.layers):
+                both = torch.zeros(2, rows, shape.kv_heads, length - 3, width, dtype=torch.bfloat16)
+                cache.update(both[0].clone(), both[1].clone(), layer)
+                del both
+            for seen in (length - 3, length - 2):
+                read(torch.zeros(rows, 1, dtype=torch.long), cache, seen)
+
+    with models.as_policy():
+        return run.without_learning(passes), ppo_job(shape, settings, length), 1  # the rollout's moment is the worst
+
+
+CASES = {"sft": sft, "reward": reward, "ppo update": update, "ppo rollout": generate}
+
+
+def compare(name: str, shape, settings) -> dict:
+    "One case: GiB of the simulation and of the planner."
+    from deepseek_cookbook.planner import check_job, memory
+
+    began = time.perf_counter()
+    found, job, rows = CASES[name](shape, settings)
+    plan = memory(check_job(job), rows)
+    planned = plan.peak - plan.reserve
+    gib = {k: round(v / GIB, 3) for k, v in found.items() if k != "peak"}
+    kept = {k: gib.pop(k, 0.0) for k in ("weights", "gradients", "optimizer")}
+    return dict(case=name, rows=job.generated if CASES[name] is generate else rows, tokens=job.seq_len, **kept, activations=round(sum(gib.values()), 3), parts=gib,
+                peak=round(found["peak"] / GIB, 3), planned=round(planned / GIB, 3),
+                ratio=round(planned / found["peak"], 3), seconds=round(time.perf_counter() - began, 1))
+
+
+def show(rows: list[dict], title: str):
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    keys = ("case", "weights", "gradients", "optimizer", "activations", "peak", "planned", "ratio")
+    for key in keys:
+        table.add_column(key, justify="left" if key == "case" else "right")
+    for row in rows:
+        table.add_row(f"{row['case']}, {row['rows']} x {row['tokens']}", *(f"{row[k]:.2f}" for k in keys[1:]))
+    Console(width=120).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="of the registry; default: that of the profile")
+    parser.add_argument("--profile", default="gpu")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--limit", type=float, default=0.1, help="how far a plan may be off, as a share")
+    parser.add_argument("--out", type=Path, help="JSON")
+    args = parser.parse_args()
+    from deepseek_cookbook.pipeline import made_with
+    from deepseek_cookbook.registry import MODELS
+    from deepseek_cookbook.settings import load_settings
+
+    settings = load_settings(args.profile)
+    name = args.model or settings["model"]["name"]
+    rows = [compare(case, MODELS[name].shape, settings) for case in args.only]
+    show(rows, f"{name}, profile {args.profile}, SDPA, GiB without context and fragments")
+    if args.out:
+        facts = dict(command=f"scripts/bench/simulate_memory.py --profile {args.profile}", model=name,
+                     unit="GiB, without the CUDA context and fragments", device="fake tensors, no GPU",
+                     made_with=made_with(), rows=rows)
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    sys.exit(any(abs(row["ratio"] - 1) > args.limit for row in rows))
+
+
+if __name__ == "__main__":
+    main()
