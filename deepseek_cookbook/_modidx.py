@@ -1335,6 +1335,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'deepseek_cookbook.planner.model_bytes': ( 'planner.html#model_bytes',
                                                                                       'deepseek_cookbook/planner.py'),
                                            'deepseek_cookbook.planner.plan': ('planner.html#plan', 'deepseek_cookbook/planner.py'),
+                                           'deepseek_cookbook.planner.rollout_bytes': ( 'planner.html#rollout_bytes',
+                                                                                        'deepseek_cookbook/planner.py'),
                                            'deepseek_cookbook.planner.tokens_per_second': ( 'planner.html#tokens_per_second',
                                                                                             'deepseek_cookbook/planner.py'),
                                            'deepseek_cookbook.planner.train_flops': ( 'planner.html#train_flops',

@@ -6,9 +6,9 @@
 __all__ = ['GPUS', 'METHODS', 'ALL_LINEAR', 'SIZES', 'OPTIONS', 'ARTICLE', 'Device', 'PlanError', 'Job', 'choose', 'check_job',
            'linears', 'adapter_parameters', 'active_parameters', 'wide_adapters', 'adapter_inputs', 'block_bytes',
            'work_bytes', 'trains_base', 'Memory', 'frozen_bytes', 'unread', 'trained_parameters', 'model_bytes',
-           'cast_bytes', 'logit_bytes', 'mask_bytes', 'kv_bytes', 'memory', 'forward_flops', 'train_flops',
-           'tokens_per_second', 'largest_rows', 'fewest_gpus', 'ways_out', 'Plan', 'find_shape', 'make_job', 'plan',
-           'implied_tokens']
+           'cast_bytes', 'logit_bytes', 'mask_bytes', 'kv_bytes', 'rollout_bytes', 'memory', 'forward_flops',
+           'train_flops', 'tokens_per_second', 'largest_rows', 'fewest_gpus', 'ways_out', 'Plan', 'find_shape',
+           'make_job', 'plan', 'implied_tokens']
 
 # %% ../nbs/00f_planner.ipynb #51f1792a
 import math
@@ -208,7 +208,8 @@ def logit_bytes(job: Job, rows: int) -> int:
         return 12*(min(answers, 512) if job.adapters else answers)*job.shape.vocab
     tokens, vocab, c = rows*job.seq_len, job.shape.vocab, 4 if job.dtype == "fp32" else 2
     if job.loss == "full": return 12*tokens*vocab
-    return min(tokens, 4096)*min(vocab, 32768)*(c + 4*7 if job.device.cpu else c)
+    if job.device.cpu: return min(tokens, 4096)*min(vocab, 32768)*(c + 4*7)
+    return min(tokens, 4096)*32768*c + 10*tokens*job.shape.hidden  # a whole tile, however few words; the last norm
 
 def mask_bytes(job: Job, rows: int) -> int:
     "SDPA's mask: a byte a pair of tokens in one row, and the 16-bit numbers that each layer makes of it."
@@ -221,6 +222,13 @@ def kv_bytes(job: Job, rows: int) -> int:
     s = job.shape
     one = s.latent.kv_rank + s.latent.rope if s.latent else 2*linears(s)["k_proj"][1]
     return 2*one*s.layers*rows*job.seq_len
+
+def rollout_bytes(job: Job, rows: int) -> int:
+    "Generating so many sequences: the cache at the end, a layer of it twice, or a block while prompts are read."
+    kv, inner = kv_bytes(job, rows), linears(job.shape)["up_proj"][1]
+    prompts = rows*(job.seq_len - job.completion)
+    reading = prompts*((14 if wide_adapters(job) else 6)*inner + 10*job.shape.hidden)
+    return int(max(kv*(1 + 1/job.shape.layers), kv*prompts/(rows*job.seq_len) + reading))
 
 # %% ../nbs/00f_planner.ipynb #44b8ce21
 def memory(
@@ -241,7 +249,7 @@ def memory(
     return Memory(weights=int(model_bytes(job)/gpus), gradients=gradients, optimizer=8*trained//gpus,
         casts=int(cast_bytes(job, gpus)), activations=kept, block=moment + (block if job.checkpointing else 0),
         mask=mask_bytes(job, rows), logits=logit_bytes(job, rows),
-        kv_cache=int(kv_bytes(job, min(share, job.generated))*(1 + 1/s.layers)) if job.method == "ppo" else 0,
+        kv_cache=rollout_bytes(job, min(share, job.generated)) if job.method == "ppo" else 0,
         gathered=0 if gpus == 1 else int(2*(2*s.parameters/s.layers + s.vocab*s.hidden)),
         allocator=2*heap - kept if keeps else 0, reserve=int(job.device.reserve*2**30),
         accumulates=share > rows)

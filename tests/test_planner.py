@@ -192,7 +192,7 @@ def test_qlora_below_lora_below_full_and_adapters_below_four_models(model, rows,
     small = (MODELS[model].shape if model in MODELS else SIZES[model]).parameters < 1e9
     if not small:  # in a toy the adapters outweigh the matrices
         assert peak(model, "qlora", **options) < peak(model, "lora", **options) < peak(model, "full", **options)
-    assert peak(model, "ppo", adapters=True, **options) < peak(model, "ppo", adapters=False, **options)
+        assert peak(model, "ppo", adapters=True, **options) < peak(model, "ppo", adapters=False, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

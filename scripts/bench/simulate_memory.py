@@ -276,12 +276,13 @@ def ppo_job(shape, settings, length: int):
                completion=rollout.max_new_tokens, generated=rollout.batch_size, device=GPUS["a100-80g"])
 
 
-def update(shape, settings, prompt: int = 256):
+def update(shape, settings):
     "PPO's update: the policy's pass, then the value's, each with its own way back."
     from deepseek_cookbook.ppo.rollout import base_of, head_logprobs, no_dropout
 
     args, rollout = settings.build("ppo"), settings.build("rollout")
-    rows, length = args.per_device_train_batch_size, prompt + rollout.max_new_tokens
+    rows, prompt = args.per_device_train_batch_size, rollout.max_new_tokens  # as long as the answers
+    length = 2 * prompt
     models = ppo_models(shape, settings)
     run = Simulation(models.policy, models.head)
     backbone, output = base_of(models.policy).base_model, base_of(models.policy).get_output_embeddings()
@@ -306,7 +307,7 @@ def update(shape, settings, prompt: int = 256):
     return run.run(micro_step, 2), replace(job, generated=1), rows  # the update's moment alone
 
 
-def generate(shape, settings, prompt: int = 256):
+def generate(shape, settings):
     "PPO's rollout: reading the prompts, and the last tokens, when the cache is full."
     from transformers import DynamicCache
 
@@ -315,7 +316,8 @@ def generate(shape, settings, prompt: int = 256):
     rollout = settings.build("rollout")
     models = ppo_models(shape, settings)
     run, model = Simulation(models.policy, models.head), base_of(models.policy)
-    rows, length = rollout.batch_size, prompt + rollout.max_new_tokens
+    rows, prompt = rollout.batch_size, rollout.max_new_tokens
+    length = 2 * prompt
 
     def read(ids_BT, cache, seen: int):
         mask_BT = torch.ones(rows, seen + ids_BT.shape[1], dtype=torch.long)
