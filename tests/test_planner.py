@@ -135,7 +135,7 @@ SIMULATED = {
 
 
 @pytest.mark.parametrize("case, changes", SIMULATED.values(), ids=list(SIMULATED))
-@pytest.mark.parametrize("shape", [Shape(3, 1024, 8, 8, 2816, 8192), Shape(2, 768, 6, 2, 2048, 4096)], ids=["mha", "gqa"])
+@pytest.mark.parametrize("shape", [Shape(3, 1024, 8, 8, 2816, 8192), Shape(2, 768, 6, 2, 2048, 4096)])
 def test_the_plan_of_a_gpu_meets_a_simulated_step(simulate, case, changes, shape):
     from deepseek_cookbook.settings import load_settings
 

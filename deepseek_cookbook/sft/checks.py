@@ -99,8 +99,8 @@ def few_steps(
     planned, most = steps(rows), int(rows * args.num_train_epochs / least)
     if args.max_steps > 0 or planned >= least: return None
     ways = ["give more rows", f"raise sft.num_train_epochs (now {args.num_train_epochs:g})"]
-    if most >= processes: ways.insert(0, f"take {most} rows a step instead of {a_step}: sft.per_device_train_batch_size "
-                                          "times sft.gradient_accumulation_steps")
+    fewer = "sft.per_device_train_batch_size times sft.gradient_accumulation_steps"
+    if most >= processes: ways.insert(0, f"take {most} rows a step instead of {a_step} ({fewer})")
     elif rows < len(lengths): ways.insert(0, f"set sft.packing=false ({steps(len(lengths)):,} steps)")
     packed = f", packed into {rows:,}" if rows < len(lengths) else ""
     return (f"{planned} optimizer steps in all, and fewer than {least} hardly teach anything: {len(lengths):,} rows of "
@@ -212,6 +212,7 @@ def memory_advice(
                        "a100-80g" if cuda else "cpu", gib, rank=settings["lora"].get("r", 8),
                        batch=rows * sft.get("gradient_accumulation_steps", 1),
                        seq_len=sft.get("max_length") or default_length,
+                       packed=bool(sft.get("packing") or sft.get("padding_free")),
                        checkpointing=bool(sft.get("activation_checkpointing", cuda)))
     except PlanError: return ""
     need, (fit, fits) = memory(job, rows).peak / 2**30, largest_rows(job, 1)

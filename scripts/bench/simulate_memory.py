@@ -288,7 +288,8 @@ def update(shape, settings):
     backbone, output = base_of(models.policy).base_model, base_of(models.policy).get_output_embeddings()
 
     def states(ids_BT):
-        return backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)[0][:, prompt - 1 : -1]
+        hidden_BTD = backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)[0]
+        return hidden_BTD[:, prompt - 1 : -1]
 
     def micro_step():
         ids_BT = torch.zeros(rows, length, dtype=torch.long)
@@ -355,9 +356,10 @@ def compare(name: str, shape, settings) -> dict:
     planned = plan.peak - plan.reserve
     gib = {k: round(v / GIB, 3) for k, v in found.items() if k != "peak"}
     kept = {k: gib.pop(k, 0.0) for k in ("weights", "gradients", "optimizer")}
-    return dict(case=name, rows=job.generated if CASES[name] is generate else rows, tokens=job.seq_len, **kept, activations=round(sum(gib.values()), 3), parts=gib,
-                peak=round(found["peak"] / GIB, 3), planned=round(planned / GIB, 3),
-                ratio=round(planned / found["peak"], 3), seconds=round(time.perf_counter() - began, 1))
+    return dict(case=name, rows=job.generated if CASES[name] is generate else rows, tokens=job.seq_len, **kept,
+                activations=round(sum(gib.values()), 3), parts=gib, peak=round(found["peak"] / GIB, 3),
+                planned=round(planned / GIB, 3), ratio=round(planned / found["peak"], 3),
+                seconds=round(time.perf_counter() - began, 1))
 
 
 def show(rows: list[dict], title: str):
