@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'METHODS', 'ALL_LINEAR', 'SIZES', 'OPTIONS', 'ARTICLE', 'Device', 'PlanError', 'Job', 'choose', 'check_job',
-           'linears', 'adapter_parameters', 'active_parameters', 'adapter_inputs', 'block_bytes', 'trains_base',
-           'Memory', 'frozen_bytes', 'trained_parameters', 'model_bytes', 'cast_bytes', 'logit_bytes', 'kv_bytes',
-           'memory', 'forward_flops', 'train_flops', 'tokens_per_second', 'largest_rows', 'fewest_gpus', 'ways_out',
-           'Plan', 'find_shape', 'make_job', 'plan', 'implied_tokens']
+           'linears', 'adapter_parameters', 'active_parameters', 'wide_adapters', 'adapter_inputs', 'block_bytes',
+           'work_bytes', 'trains_base', 'Memory', 'frozen_bytes', 'unread', 'trained_parameters', 'model_bytes',
+           'cast_bytes', 'logit_bytes', 'mask_bytes', 'kv_bytes', 'rollout_bytes', 'memory', 'forward_flops',
+           'train_flops', 'tokens_per_second', 'largest_rows', 'fewest_gpus', 'ways_out', 'Plan', 'find_shape',
+           'make_job', 'plan', 'implied_tokens']
 
 # %% ../nbs/00f_planner.ipynb #51f1792a
 import math
@@ -54,10 +55,13 @@ class Job:
     rank: int = 16  # of the adapters
     targets: tuple = ALL_LINEAR  # layers that get an adapter
     dropout: float = 0.05  # of the adapters
-    loss: str = "tiled"  # tiled (TRL's SFTTrainer) | full (logits of all tokens at once)
+    loss: str = "tiled"  # tiled (TRL's SFTTrainer) | full (logits of all tokens at once) | score (a reward model: none)
+    packed: bool = False  # a micro-batch is one long row (packing, padding_free)
     eager: bool = False  # attention that stores its probabilities; False: SDPA or FlashAttention
+    flash: bool = False  # FlashAttention, which needs no mask; SDPA does
     adapters: bool = False  # PPO: one base with adapters instead of four models
     completion: int = 512  # PPO: generated tokens a sequence
+    generated: int = 64  # PPO: sequences that are generated at the same time, on each GPU
     ppo_epochs: int = 2  # PPO: passes over each batch of rollouts
     device: Device = GPUS["a100-80g"]
 
@@ -69,10 +73,10 @@ def choose(argument: str, value: str, known) -> str:
 
 def check_job(job: Job) -> Job:
     "Refuse what cannot be planned."
-    for name in ("batch", "seq_len", "rank", "completion", "ppo_epochs"):
+    for name in ("batch", "seq_len", "rank", "completion", "generated", "ppo_epochs"):
         value = getattr(job, name)
         if type(value) is not int or value < 1: raise PlanError(f"{name}={value!r}: a whole number from 1 on is needed")
-    choose("dtype", job.dtype, ("auto", "fp32", "mixed", "half")), choose("loss", job.loss, ("tiled", "full"))
+    choose("dtype", job.dtype, ("auto", "fp32", "mixed", "half")), choose("loss", job.loss, ("tiled", "full", "score"))
     for target in job.targets: choose("target", target, ALL_LINEAR)
     if job.method == "ppo" and job.completion >= job.seq_len:
         raise PlanError(f"completion={job.completion} leaves no room for a prompt in seq_len={job.seq_len}")
@@ -102,12 +106,18 @@ def active_parameters(shape: Shape) -> int:
     return shape.parameters - idle - (0 if shape.tied else shape.vocab*shape.hidden)
 
 # %% ../nbs/00f_planner.ipynb #17fae5f3
+def wide_adapters(job: Job) -> bool:
+    "Whether adapters compute in 32 bits beside a base in 16: autocast is on in SFT, and off in PPO."
+    return job.method == "ppo" and job.adapters and job.dtype == "half"
+
 def adapter_inputs(job: Job) -> int:
     "Bytes that a token keeps in one block for the adapters of LoRA."
     half, widths = job.dtype != "fp32", {t: linears(job.shape)[t][0] for t in job.targets}
-    middle = (2 if half else 4)*job.rank*len(widths)
-    if job.dropout: return sum(widths.values())*((2 if half else 4) + (4 if job.device.cpu else 1)) + middle
-    if half: return sum(widths.values())*2 + middle
+    c = 2 if half and not wide_adapters(job) else 4
+    middle = c*job.rank*len(widths)
+    if job.dropout and job.method != "ppo":  # PPO's adapters have none
+        return sum(widths.values())*(c + (4 if job.device.cpu else 1)) + middle
+    if half: return sum(widths.values())*c + middle
     shared = {dict(q="x", k="x", v="x", g="y", u="y", d="z").get(t[0]): w for t, w in widths.items() if t[0] != "o"}
     return sum(shared.values())*4 + middle
 
@@ -119,6 +129,14 @@ def block_bytes(job: Job) -> int:
     total = 8*h*(2 if full else 1) + c*(2*width["q_proj"] + 2*width["k_proj"]) + 3*c*inner
     if job.eager: total += job.shape.heads*job.seq_len*(c + 4 if c == 2 else 4)
     return total + (c*((2 if c == 4 else 5)*h + inner) if full else adapter_inputs(job))
+
+def work_bytes(job: Job) -> int:
+    "Bytes a token, besides, at the worst moment of a block: between its last layer and that layer's adapter."
+    h, inner = job.shape.hidden, linears(job.shape)["up_proj"][1]
+    total = 10*h + 2*inner  # the gradient that comes in, residual, norm, product; the input of down_proj
+    if trains_base(job) or "down_proj" not in job.targets: return total
+    if wide_adapters(job): return total + max(12*h, 4*inner)  # three arrays in 32 bits, in down_proj or up_proj
+    return total + 4*inner*(2 if job.dropout else 1)  # its 32-bit copy, and what dropout makes of it
 
 def trains_base(job: Job) -> bool:
     "Whether all weights are trained."
@@ -134,6 +152,7 @@ class Memory:
     casts: int  # 16-bit copies of fp32 weights, or one layer taken out of 4 bits
     activations: int  # kept for the backward pass
     block: int  # one block that is being computed
+    mask: int  # who may attend to whom
     logits: int
     kv_cache: int  # of the rollouts of PPO
     gathered: int  # layers that a sharded run collects from the other GPUs
@@ -144,26 +163,30 @@ class Memory:
     @property
     def peak(self) -> int:
         start = self.casts + self.activations + max(self.logits, self.block) + self.accumulates*self.gradients
-        moment = max(start + self.allocator, self.gradients + self.block, self.kv_cache)
+        moment = max(start + self.mask + self.allocator, self.gradients + self.block + self.mask, self.kv_cache)
         return self.weights + self.optimizer + self.gathered + self.reserve + moment
 
 # %% ../nbs/00f_planner.ipynb #b910699d
 def frozen_bytes(job: Job) -> float:
     "Bytes of one model that is not trained."
     s = job.shape
-    if job.method != "qlora": return s.parameters*(2 if job.dtype == "half" else 4)
+    if job.method != "qlora": return (s.parameters - unread(job))*(2 if job.dtype == "half" else 4)
     outside = s.vocab*s.hidden*(1 if s.tied else 2) + s.hidden*(2*s.layers + 1)
-    return (s.parameters - outside)*(4 + 0.127)/8 + outside*2
+    return (s.parameters - outside)*(4 + 0.127)/8 + (outside - unread(job))*2
+
+def unread(job: Job) -> int:
+    "Parameters that a reward model leaves out: a head of one number takes the place of the output layer."
+    return job.shape.vocab*job.shape.hidden if job.loss == "score" and not job.shape.tied else 0
 
 def trained_parameters(job: Job) -> int:
     "Parameters with gradients and optimizer states."
-    if trains_base(job): return job.shape.parameters*(2 if job.method == "ppo" else 1)
-    return adapter_parameters(job)
+    if trains_base(job): return (job.shape.parameters - unread(job))*(2 if job.method == "ppo" else 1)
+    return adapter_parameters(job)*(2 if job.method == "ppo" else 1)  # PPO: policy and value
 
 def model_bytes(job: Job) -> float:
     "Weights of all models of the method."
     frozen = {"full": 0, "ppo": 1 if job.adapters else 2}.get(job.method, 1)
-    spare = 4*adapter_parameters(job) if job.method == "ppo" and job.adapters else 0  # the reward model's adapter
+    spare = 8*adapter_parameters(job) if job.method == "ppo" and job.adapters else 0  # of the start, and the reward's
     return frozen*frozen_bytes(job) + 4*trained_parameters(job) + spare
 
 # %% ../nbs/00f_planner.ipynb #1257d401
@@ -179,16 +202,33 @@ def cast_bytes(job: Job, gpus: int) -> float:
 
 def logit_bytes(job: Job, rows: int) -> int:
     "Logits of a micro-batch of so many sequences, with the copies that the loss makes."
-    if job.method == "ppo": return 12*rows*job.completion*job.shape.vocab
+    if job.loss == "score": return 0
+    if job.method == "ppo":  # with adapters, 512 tokens at a time
+        answers = rows*job.completion
+        return 12*(min(answers, 512) if job.adapters else answers)*job.shape.vocab
     tokens, vocab, c = rows*job.seq_len, job.shape.vocab, 4 if job.dtype == "fp32" else 2
     if job.loss == "full": return 12*tokens*vocab
-    return min(tokens, 4096)*min(vocab, 32768)*(c + 4*7 if job.device.cpu else c)
+    if job.device.cpu: return min(tokens, 4096)*min(vocab, 32768)*(c + 4*7)
+    return min(tokens, 4096)*32768*c + 10*tokens*job.shape.hidden  # a whole tile, however few words; the last norm
+
+def mask_bytes(job: Job, rows: int) -> int:
+    "SDPA's mask: a byte a pair of tokens in one row, and the 16-bit numbers that each layer makes of it."
+    if job.eager or job.flash: return 0
+    masks, length = (1, rows*job.seq_len) if job.packed else (rows, job.seq_len)
+    return masks*length**2*(1 + (4 if job.dtype == "fp32" else 2))
 
 def kv_bytes(job: Job, rows: int) -> int:
     "Keys and values of so many sequences in 16 bits."
     s = job.shape
     one = s.latent.kv_rank + s.latent.rope if s.latent else 2*linears(s)["k_proj"][1]
     return 2*one*s.layers*rows*job.seq_len
+
+def rollout_bytes(job: Job, rows: int) -> int:
+    "Generating so many sequences: the cache at the end, a layer of it twice, or a block while prompts are read."
+    kv, inner = kv_bytes(job, rows), linears(job.shape)["up_proj"][1]
+    prompts = rows*(job.seq_len - job.completion)
+    reading = prompts*((14 if wide_adapters(job) else 6)*inner + 10*job.shape.hidden)
+    return int(max(kv*(1 + 1/job.shape.layers), kv*prompts/(rows*job.seq_len) + reading))
 
 # %% ../nbs/00f_planner.ipynb #44b8ce21
 def memory(
@@ -203,11 +243,13 @@ def memory(
     stream = graphs*tokens*s.hidden*(2 if job.dtype == "half" else 4)*s.layers
     kept = stream if job.checkpointing else block*s.layers
     share, gradients = math.ceil(job.batch/gpus), 4*trained//gpus
+    moment = graphs*tokens*work_bytes(job) if job.dtype == "half" else 0 if job.checkpointing else block//2
     heap = max(kept, gradients + block)  # its largest extent in a step
     keeps = job.device.cpu and not job.checkpointing
     return Memory(weights=int(model_bytes(job)/gpus), gradients=gradients, optimizer=8*trained//gpus,
-        casts=int(cast_bytes(job, gpus)), activations=kept, block=block if job.checkpointing else block//2,
-        logits=logit_bytes(job, rows), kv_cache=kv_bytes(job, share) if job.method == "ppo" else 0,
+        casts=int(cast_bytes(job, gpus)), activations=kept, block=moment + (block if job.checkpointing else 0),
+        mask=mask_bytes(job, rows), logits=logit_bytes(job, rows),
+        kv_cache=rollout_bytes(job, min(share, job.generated)) if job.method == "ppo" else 0,
         gathered=0 if gpus == 1 else int(2*(2*s.parameters/s.layers + s.vocab*s.hidden)),
         allocator=2*heap - kept if keeps else 0, reserve=int(job.device.reserve*2**30),
         accumulates=share > rows)

@@ -1,10 +1,12 @@
 """The planner: published figures, autograd's own count, monotone estimates, and refusals that help."""
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +113,49 @@ def test_the_formula_meets_what_autograd_keeps(shape, dtype, method, targets, dr
     assert counted == pytest.approx(sum(kept.values()), rel=0.03)
 
 
+@pytest.fixture(scope="module")
+def simulate():
+    "The bench that adds up the memory of steps on fake tensors."
+    file = Path(__file__).parent.parent / "scripts" / "bench" / "simulate_memory.py"
+    spec = importlib.util.spec_from_file_location("simulate_memory", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SIMULATED = {
+    "packed": ("sft", []),
+    "plain rows": ("sft", ["sft.packing=false", "lora.lora_dropout=0.0"]),
+    "two layers adapted": ("sft", ['lora.target_modules=["q_proj", "v_proj"]', "sft.per_device_train_batch_size=2"]),
+    "one micro-batch": ("sft", ["sft.gradient_accumulation_steps=1", "lora.r=64"]),
+    "reward": ("reward", []),
+    "update": ("ppo update", []),
+    "rollout": ("ppo rollout", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case, changes", SIMULATED.values(), ids=list(SIMULATED))
+@pytest.mark.parametrize("shape", [Shape(3, 1024, 8, 8, 2816, 8192), Shape(2, 768, 6, 2, 2048, 4096)])
+def test_the_plan_of_a_gpu_meets_a_simulated_step(simulate, case, changes, shape):
+    from deepseek_cookbook.settings import load_settings
+
+    sizes = ["sft.max_length=1024", "reward.max_length=512", "rollout.max_new_tokens=64", "rollout.batch_size=32"]
+    row = simulate.compare(case, shape, load_settings("gpu", sizes + changes))
+    assert row["ratio"] == pytest.approx(1, abs=0.05), row
+
+
+def test_what_the_simulation_taught_the_plan():
+    sft = make_job("7b", "lora", "a100-80g", seq_len=4096)
+    packed, flash = replace(sft, packed=True), replace(sft, packed=True, flash=True)
+    assert memory(packed, 4).mask == 3 * 16384**2 == 4 * memory(sft, 4).mask  # one row instead of four
+    assert memory(flash, 4).mask == 0
+    score = replace(sft, loss="score")  # a reward model has no output layer
+    assert memory(sft, 4).weights - memory(score, 4).weights == 2 * 32000 * 4096
+    ppo = make_job("7b", "ppo", "a100-80g", adapters=True, batch=256, generated=64)
+    assert memory(ppo, 8).optimizer == 2 * memory(sft, 8).optimizer  # policy and value
+    assert memory(ppo, 8).kv_cache == memory(replace(ppo, batch=64), 8).kv_cache
+
+
 @given(
     st.sampled_from(METHODS), st.sampled_from(["7b", "13b", "deepseek-r1-distill-qwen-1.5b", "tiny-deepseek-v3"]),
     st.integers(1, 64), st.sampled_from([512, 1024, 4096]), st.booleans(), st.sampled_from(["a100-80g", "cpu"]),
@@ -147,7 +192,7 @@ def test_qlora_below_lora_below_full_and_adapters_below_four_models(model, rows,
     small = (MODELS[model].shape if model in MODELS else SIZES[model]).parameters < 1e9
     if not small:  # in a toy the adapters outweigh the matrices
         assert peak(model, "qlora", **options) < peak(model, "lora", **options) < peak(model, "full", **options)
-    assert peak(model, "ppo", adapters=True, **options) < peak(model, "ppo", adapters=False, **options)
+        assert peak(model, "ppo", adapters=True, **options) < peak(model, "ppo", adapters=False, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

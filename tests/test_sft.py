@@ -15,8 +15,16 @@ from safetensors.torch import load_file
 
 from deepseek_cookbook.models import load_model, load_tokenizer
 from deepseek_cookbook.settings import SettingsError, load_settings, read_json, read_jsonl
-from deepseek_cookbook.sft.checks import TrainError, memory_advice, to_dataset
-from deepseek_cookbook.sft.train import TrainConfig, last_checkpoint, save_adapter, sft_config, train_sft, with_replay
+from deepseek_cookbook.sft.checks import TrainError, few_steps, memory_advice, to_dataset, wide_evaluation
+from deepseek_cookbook.sft.train import (
+    TrainConfig,
+    last_checkpoint,
+    save_adapter,
+    sft_config,
+    some_rows,
+    train_sft,
+    with_replay,
+)
 
 COMMAND = str(Path(sys.executable).with_name("deepseek-cookbook"))
 QUIET = ["sft.disable_tqdm=true", "evaluate.quiet=true", "evaluate.samples=1",
@@ -530,3 +538,42 @@ def test_records_with_tool_calls_are_refused_before_training():
     assert not faults and record["messages"][1]["tool_calls"]
     with pytest.raises(TrainError, match="record 2 of the train side calls tools"):
         to_dataset([plain, record], load_tokenizer("tiny-llama"))
+
+
+def plan_of(folder, *changes):
+    return sft_config(load_settings("gpu", ["sft.bf16=false", "sft.activation_checkpointing=false", *changes]), folder)
+
+
+def test_a_run_of_few_steps_is_told_with_its_numbers_and_what_to_change(tmp_path):
+    lengths = [30] * 965 + [0]
+    said = few_steps(plan_of(tmp_path), lengths, 8)  # packed
+    assert said.startswith("3 optimizer steps") and "966 rows of 28,950 tokens, packed into 8" in said
+    assert "sft.packing=false (183 steps)" in said
+    assert "take 5 rows a step instead of 16" in few_steps(plan_of(tmp_path), lengths[:90], 90)
+    assert few_steps(plan_of(tmp_path), lengths, 966) is None
+    assert few_steps(plan_of(tmp_path, "sft.max_steps=3"), lengths, 8) is None  # somebody chose it
+    assert few_steps(plan_of(tmp_path), lengths[:300], 300, processes=8).startswith("9 optimizer steps")
+
+
+def test_the_mask_of_an_evaluation_is_told_where_it_is_large(tmp_path):
+    said = wide_evaluation(plan_of(tmp_path, "sft.per_device_eval_batch_size=16"), 4096, 100, "sdpa")
+    assert "16 rows of up to 4,096 tokens" in said and "12.0 GiB" in said and "size=4." in said
+    assert wide_evaluation(plan_of(tmp_path), 4096, 100, "sdpa") is None  # what the profile does
+    assert wide_evaluation(plan_of(tmp_path, "sft.per_device_eval_batch_size=16"), 4096, 3, "sdpa") is None
+    for kernel, changes in (("flash_attention_2", []), ("sdpa", ["sft.packing=false"])):
+        wide = plan_of(tmp_path, "sft.per_device_eval_batch_size=16", *changes)
+        assert wide_evaluation(wide, 4096, 100, kernel) is None
+
+
+def test_few_steps_are_said_before_training_and_eval_rows_are_drawn_once(tmp_path, capsys):
+    change = settings("sft.max_steps=-1", "sft.num_train_epochs=1", "train.eval_rows=5", "sft.eval_steps=1")
+    _, figures = train_sft(change, RECORDS[:24], RECORDS[8:], tmp_path)
+    said = capsys.readouterr().err
+    steps = figures["steps"]
+    assert f"{steps} optimizer steps in all" in said and "sft.num_train_epochs" in said
+    notes = [r["message"] for r in read_jsonl(tmp_path / "metrics.jsonl") if r.get("event") == "note"]
+    assert any(f"{steps} optimizer steps" in message for message in notes)
+    assert len(some_rows(RECORDS, 5, 42)) == 5 and some_rows(RECORDS, 5, 42) == some_rows(RECORDS, 5, 42)
+    assert some_rows(RECORDS, None, 42) is RECORDS and some_rows(RECORDS, 99, 42) is RECORDS
+    with pytest.raises(TrainError, match="eval_rows"):
+        TrainConfig(eval_rows=0)
