@@ -29,7 +29,7 @@ class PPOConfig:
     value_learning_rate: float = 1e-3  # of the value adapter and its head
     lr_scheduler_type: str = "constant_with_warmup"  # names of transformers; counted in steps
     warmup_steps: int = 0
-    max_grad_norm: float = 1.0  # of the policy's gradient, and of the value's
+    max_grad_norm: float = 1.0  # of the policy's gradient, and of the value's; 0: no clipping
     cliprange: float = 0.2
     cliprange_value: float | None = 0.2  # in units of the reward; none: no clipping
     vf_coef: float = 0.1

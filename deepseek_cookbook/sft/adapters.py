@@ -200,7 +200,7 @@ def _activate(model, name: str | None):
 @torch.inference_mode()
 def probe_logits(model, seed: int = 0) -> torch.Tensor:  # (1, T, V)
     "Logits of 64 random tokens, which meet all experts of a small model."
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)  # an adapter on it has no num_embeddings
     ids_BT = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(seed))
     return model.eval()(input_ids=ids_BT.to(model.device), use_cache=False).logits.float().cpu()
 
