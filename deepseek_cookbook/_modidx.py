@@ -2425,6 +2425,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'deepseek_cookbook/sft/adapters.py'),
                                                 'deepseek_cookbook.sft.adapters._read_config': ( 'sft.adapters.html#_read_config',
                                                                                                  'deepseek_cookbook/sft/adapters.py'),
+                                                'deepseek_cookbook.sft.adapters._untie': ( 'sft.adapters.html#_untie',
+                                                                                           'deepseek_cookbook/sft/adapters.py'),
                                                 'deepseek_cookbook.sft.adapters.active_adapter': ( 'sft.adapters.html#active_adapter',
                                                                                                    'deepseek_cookbook/sft/adapters.py'),
                                                 'deepseek_cookbook.sft.adapters.adapter_shapes': ( 'sft.adapters.html#adapter_shapes',
