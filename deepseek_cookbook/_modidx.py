@@ -1264,6 +1264,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'deepseek_cookbook.pipeline.cook': ('pipeline.html#cook', 'deepseek_cookbook/pipeline.py'),
                                             'deepseek_cookbook.pipeline.file_digest': ( 'pipeline.html#file_digest',
                                                                                         'deepseek_cookbook/pipeline.py'),
+                                            'deepseek_cookbook.pipeline.input_digest': ( 'pipeline.html#input_digest',
+                                                                                         'deepseek_cookbook/pipeline.py'),
                                             'deepseek_cookbook.pipeline.is_finished': ( 'pipeline.html#is_finished',
                                                                                         'deepseek_cookbook/pipeline.py'),
                                             'deepseek_cookbook.pipeline.locked': ('pipeline.html#locked', 'deepseek_cookbook/pipeline.py'),

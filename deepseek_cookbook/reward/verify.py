@@ -122,7 +122,7 @@ _UNIT = re.compile(r"(?<=[\d%)}])(?:\s*[\u4e00-\u9fff]{1,8}|\s+[A-Za-z]{2,12}|\s
 def plain_answer(text: str) -> str:
     "An answer without its dress."
     text = normalize(text[:400], "nfkc").strip("* \t\r\n").rstrip("* .。,")
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)  # 3½: 3 1/2
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
     text = re.sub(f"[{_RAISED}]+", lambda m: f"^({unicodedata.normalize('NFKC', m[0])})", text)
     for old, new in _PLAIN.items(): text = text.replace(old, new)
     text = re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", text.strip())
