@@ -75,7 +75,8 @@ def input_digest(path: Path) -> str:
     return file_digest(path)
 
 FILES = (("model", "name"), ("augment", "chat_model"), ("model", "template"), ("data", "source"), ("data", "mix"),
-         ("clean", "evaluation"), ("train", "general"), ("reward_model", "source"), ("task", "source"), ("constitution", "file"),
+         ("clean", "evaluation"), ("train", "general"), ("reward_model", "source"), ("task", "source"),
+         ("constitution", "file"),
          ("constitution", "source"))  # settings that may name files of the user's
 
 def named_files(value) -> list[str]:

@@ -720,3 +720,32 @@ def test_copies_of_checkpoints_are_none(tmp_path):
     assert list(checkpoints(tmp_path)) == [0, 2]
     assert trainer(tmp_path, 3).train()["resumed_from"] == 2
     assert (tmp_path / "checkpoint-old-6").is_dir()
+
+
+# ---------------------------------------------------------------- the plan of learning rates, and columns
+
+
+@pytest.mark.parametrize("kind", ["constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize("warmup, begin", [(0, 1.0), (1, 1.0), (2, 0.5), (4, 0.25)])
+def test_no_step_is_spent_on_a_rate_of_zero(tmp_path, kind, warmup, begin):
+    run = trainer(tmp_path, 6, lr_scheduler_type=kind, warmup_steps=warmup, save_steps=3)
+    run.train()
+    rates = np.array(logged(run, "learning_rate")) / 1e-3
+    assert rates[0] == pytest.approx(begin) and (rates > 0).all()
+    assert rates[: warmup or 1] == pytest.approx(np.arange(1, (warmup or 1) + 1) / (warmup or 1))
+    assert (np.diff(rates[max(0, warmup - 1) :]) <= 1e-9).all()
+    shutil.rmtree(checkpoint_folder(tmp_path, 6))
+    again = trainer(tmp_path, 6, lr_scheduler_type=kind, warmup_steps=warmup, save_steps=3)
+    assert again.train()["resumed_from"] == 3 and logged(again, "learning_rate") == logged(run, "learning_rate")
+
+
+@pytest.mark.parametrize("warmup", [3, 50])
+def test_a_warm_up_that_never_ends_is_refused(warmup):
+    with pytest.raises(PPOError, match=f"warmup_steps = {warmup}: the run has 3 steps"):
+        PPOConfig(total_episodes=40, batch_size=16, num_mini_batches=1, warmup_steps=warmup)
+
+
+@pytest.mark.parametrize("column", ["completions", "prompts"])
+def test_columns_whose_names_are_taken_are_refused_at_the_start(tmp_path, column):
+    with pytest.raises(PPOError, match=f"column '{column}'.*another name"):
+        trainer(tmp_path, 1, rows=[*ROWS, dict(prompt="Say z") | {column: "?"}])

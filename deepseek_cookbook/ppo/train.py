@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fastcore.basics import patch
 from tqdm.std import tqdm
-from transformers import get_scheduler
 
 # %% ../../nbs/05b_ppo.train.ipynb #88e146a9
 from ..guards import Action, Decision, Watch, last_healthy
@@ -29,7 +28,7 @@ from .batch import set_advantages, with_replayed
 from .checkpoints import best_step, checkpoints, drift, forget
 from .checkpoints import START_OVER, check_facts, forget_all, load_checkpoint, refused_steps
 from .checkpoints import run_facts, run_key, save_checkpoint
-from .config import PPOConfig, PPOError
+from .config import PPOConfig, PPOError, check_columns, make_schedule
 from .control import AdaptiveKL, FixedKL, Lagrangian, Replay, too_far
 from .losses import masked_mean, penalize_unended, policy_loss, ppo_loss, value_loss, whiten
 from .policy import Models, narrowed, save_policy, trained, values_of
@@ -75,6 +74,7 @@ class PPOTrainer:
 def check(self: PPOTrainer):
     "Refuse what can't be learnt from."
     if not self.rows: raise PPOError("no prompts to learn from: give at least one row with a prompt.")
+    check_columns(self.rows)
     if (self.cost is None) != (self.config.cost_limit is None): raise PPOError(
         "a cost function and ppo.cost_limit belong together: give both or none.")
     self.accelerator = Accelerator(cpu=precision().device == "cpu")
@@ -95,7 +95,7 @@ def prepare(self: PPOTrainer):
     self.groups, rates = mine, (c.learning_rate, c.value_learning_rate)
     self.optimizer = torch.optim.AdamW([dict(params=p, lr=lr) for p, lr in zip(mine, rates)], weight_decay=0.0)
     self.steps = math.ceil(c.total_episodes / c.batch_size)
-    self.scheduler = get_scheduler(c.lr_scheduler_type, self.optimizer, c.warmup_steps, self.steps)
+    self.scheduler = make_schedule(c, self.optimizer, self.steps)
 
 # %% ../../nbs/05b_ppo.train.ipynb #863afb6d
 @patch

@@ -129,7 +129,7 @@ def plain_answer(text: str) -> str:
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
     text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(?<![\d.,/^])\d{1,3}(?: \d{3})+(?![\d,/])", lambda m: m[0].replace(" ", ""), text)
-    text = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]\d{2,})(?![\w.])", r"\1*10^(\2)", text)  # as Python writes numbers
+    text = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]\d{2,})(?![\w.])", r"\1*10^(\2)", text)  # Python's 2e-05
     return _UNIT.sub("", text).strip()
 
 # %% ../../nbs/04c_reward.verify.ipynb #40396e17
