@@ -749,3 +749,21 @@ def test_a_warm_up_that_never_ends_is_refused(warmup):
 def test_columns_whose_names_are_taken_are_refused_at_the_start(tmp_path, column):
     with pytest.raises(PPOError, match=f"column '{column}'.*another name"):
         trainer(tmp_path, 1, rows=[*ROWS, dict(prompt="Say z") | {column: "?"}])
+
+
+def test_noise_of_the_sampler_is_not_priced_as_distance(tmp_path):
+    "k3 of rounding is above 0; with one minibatch it was reckoned from what the sampler reports."
+    run = trainer(tmp_path, 1, kl_coef=5.0, kl_estimator="k3")
+    plain = run.ask
+
+    def noisy():
+        batch = plain()
+        batch.rollout.drawn_logprobs_BC += 0.1 * torch.randn(batch.rollout.drawn_logprobs_BC.shape)
+        return batch
+
+    run.ask = noisy
+    run.one_step()
+    last = run.last.mask_BC.cumsum(1) == run.last.mask_BC.sum(1, keepdim=True)
+    values, returns = run.last.values_BCK[..., 0], run.last.returns_BCK[..., 0]
+    found = (returns - values)[last & run.last.mask_BC]  # at the last token: score less the price of its KL
+    assert values.abs().max() < 1e-6 and found == pytest.approx(run.last.score_B, abs=1e-5)

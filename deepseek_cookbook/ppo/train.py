@@ -281,8 +281,8 @@ def one_step(self: PPOTrainer) -> dict:
     self.last = batch = self.ask()
     with _clock(self.spent, "look_back"):
         first = self.minibatches(batch, 0)
-        together, early = [rows for part in first for rows in part], len(first) > 1 or bool(self.engine or self.replay)
-        look_back(batch, self.models, self.rollout, together, early)
+        early = len(first) > 1 or bool(self.engine or self.replay) or c.kl_estimator == "k3"  # of noise k3 is above 0
+        look_back(batch, self.models, self.rollout, [rows for part in first for rows in part], early)
         set_advantages(batch, self.kl.beta, c.kl_estimator, c.gamma, c.lam, c.whiten_rewards, self.price, self.whitened)
     with _clock(self.spent, "update"): learnt = self.update(batch)
     moved = dict(drift=drift(self.reward.fn, self.first_norms))
