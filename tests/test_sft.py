@@ -569,7 +569,7 @@ def test_waiting_is_counted_after_a_resume_as_before_it(greater, threshold, valu
                                eval_strategy=IntervalStrategy.STEPS)
         live = EarlyStoppingCallback(99, threshold)
         for step, value in enumerate(values, 1):
-            state.log_history += [dict(loss=0.1, step=step), dict(eval_loss=value, step=step)]
+            state.log_history += [dict(loss=0.1, step=step)] * 3 + [dict(eval_loss=value, step=step)]
             live.on_evaluate(args, state, control, metrics=dict(eval_loss=value))
             better = state.best_metric is None or (value > state.best_metric if greater else value < state.best_metric)
             if better:
