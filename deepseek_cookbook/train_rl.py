@@ -127,7 +127,8 @@ def train_rl(
     tell(f"{settings['model']['name']}, profile {settings.profile}: {len(rows)} prompts of {asked.dataset_path}, "
          f"reward {asked.reward_model}, {steps} steps of {c.batch_size} completions, processes: {world_size()}")
     _, figures = train_ppo(settings, rows, reward, folder, asked.adapter, resume=not asked.overwrite_output_dir,
-                           force=asked.force, quiet=asked.quiet)
+                           force=asked.force, quiet=asked.quiet,
+                           named=asked.reward_model if callable(reward) else None)
     record = dict(arguments=vars(asked), profile=settings.profile, made_with=made_with(), result=figures,
                   settings={s: settings[s] for s in SECTIONS_USED})
     on_main(lambda: write_json(folder / "result.json", record) and None)

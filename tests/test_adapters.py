@@ -19,6 +19,7 @@ from deepseek_cookbook.sft.adapters import (
     active_adapter,
     base_name,
     check_out,
+    difference,
     is_local,
     load_adapters,
     merge_adapter,
@@ -544,3 +545,16 @@ def test_the_verdicts_say_what_the_numbers_say(monkeypatch):
     assert "50.0% against 62.5%" in said[2]
     text = precision.table(rows, 4.0)
     assert [line.count("|") for line in text.splitlines()] == [8] * 7
+
+
+@pytest.mark.parametrize("targets", ['["embed_tokens"]', '["q_proj","embed_tokens"]'])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen2"])
+def test_an_adapter_on_the_embedding_is_merged_too(tmp_path, name, targets):
+    "Also where input and output share a matrix: the adapter changed what is read alone, and so does the merged model."
+    more = [f"lora.target_modules={targets}", "sft.learning_rate=1e-2", "sft.max_steps=6"]
+    model, _ = train_sft(chosen(name, *more), RECORDS, RECORDS[:4], tmp_path / "run")
+    figures = merge_adapter(name, tmp_path / "run/adapter", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", dtype="float32")
+    trained = probe_logits(load_adapters(load_model(name, dtype="float32"), dict(a=tmp_path / "run/adapter")))
+    assert figures["merging"] < 1e-4 and difference(probe_logits(merged), trained) < 1e-4
+    assert difference(trained, probe_logits(load_model(name, dtype="float32"))) > 1e-3

@@ -109,10 +109,31 @@ def likes_good(n, body):
         ("", None),
         ("C", None),
         ("The better one depends; A lot.", None),
+        ("The answer is a tie.", "tie"),
+        ("Verdict: a draw.", "tie"),
+        ("The better answer is a matter of taste.", None),
+        ("My verdict: A and B are equally good.", None),
+        ("Verdict: B is worse.", None),
+        ("Answer: A, B", None),
+        ("Verdict: A/B", None),
+        ("The answer is a bit long.", None),
+        ("The better answer is B.", "B"),
+        ("**Verdict:** [[A]]", "A"),
+        ("Answer A is better.", "A"),
+        ("Verdict: A, because B is rude.", "A"),
+        ("更好的是B。", "B"),
     ],
 )
 def test_verdicts_are_read_or_garbage(text, choice):
     assert parse_verdict(text) == choice
+
+
+@given(st.sampled_from(["The answer is", "Verdict:", "My choice:", "The better answer is"]),
+       st.text("abcdefgh ijklmnop", min_size=1, max_size=20))
+def test_an_article_is_no_verdict(begin, words):
+    "The word after it may be any: only a verdict by itself, in upper case, or a tie is one."
+    assert parse_verdict(f"{begin} a {words}x.") is None
+    assert parse_verdict(f"{begin} B {words}x.") is None
 
 
 @given(st.text(max_size=60))

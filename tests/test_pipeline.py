@@ -1,11 +1,13 @@
 """The path: what is skipped, what runs again, and what is never taken for whole."""
 
 import json
+import os
 from html import escape
 
 import pytest
 from filelock import FileLock
 
+from deepseek_cookbook import pipeline
 from deepseek_cookbook.pipeline import PHASES, PipelineError, cook, is_finished, open_folder, phase_key
 from deepseek_cookbook.settings import RunFolder, load_settings, write_jsonl
 
@@ -126,6 +128,24 @@ def test_the_key_changes_with_a_file_that_the_phase_reads(tmp_path, setting):
         file.write_text(text)
         keys.add(phase_key(PHASES[0], settings, RunFolder("nowhere")))
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize("large", [2**28, 3])
+@pytest.mark.parametrize("name", ["model.gguf", "folder"])
+@pytest.mark.parametrize("phase", [p.name for p in PHASES if "model" in p.sections])
+def test_the_key_changes_with_a_model_of_the_users_own(tmp_path, monkeypatch, phase, name, large):
+    "A file or a folder of the same name with other weights in it; what is large is known by its size and time."
+    monkeypatch.setattr(pipeline, "LARGE", large)
+    phase, keys = next(p for p in PHASES if p.name == phase), []
+    settings = load_settings("tiny", [f"model.name={tmp_path / name}"])
+    for text in ("weights", "weight2", "weight2"):
+        file = tmp_path / name if name.endswith("gguf") else tmp_path / name / "sub" / "model.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+            os.utime(file, ns=(10**9 * len(keys), 10**9 * len(keys)))
+        keys.append(phase_key(phase, settings, RunFolder(tmp_path / "run")))
+    assert keys[0] != keys[1] == keys[2]
 
 
 def test_phases_depend_on_earlier_phases_and_real_sections():

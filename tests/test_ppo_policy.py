@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -388,3 +389,34 @@ def test_a_reward_model_on_the_base_keeps_its_32_bits(tmp_path):
         assert matrices == 0
     with P.narrowed(models, "float32") as matrices:
         assert matrices == 0
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("value", [None, 0])
+def test_the_reward_model_judges_from_the_base_that_it_was_trained_on(tmp_path, full, started, value):
+    "Whatever is merged into what is frozen, and also where that carries no adapter at all."
+    folder, said = reward_model(tmp_path / "rm"), ["A short answer.", "", "Something longer than that.", "yes"]
+    start = start_adapter(tmp_path / "start", size=0.3) if started else None
+    base = peaked()
+    with torch.no_grad():
+        base.get_output_embeddings().weight.div_(5)
+    models = make_models(base, LORA, start, value_layers=value, full=full)
+    alone = load_reward(folder, dtype="float32")(PROMPTS, said)
+    for reward in (reward_on_base(models, folder), make_reward(folder, models)):
+        assert reward(PROMPTS, said) == pytest.approx(alone, abs=1e-4)
+    assert all(p.requires_grad for p in trained(models).values())
+
+
+def test_a_run_of_another_reward_model_is_not_continued(tmp_path):
+    "Known by its weights, wherever it lies."
+    folders = [reward_model(tmp_path / str(seed), seed=seed) for seed in (3, 4)]
+    shutil.copytree(folders[0], tmp_path / "moved")
+
+    def run(steps, folder):
+        models = make_models(peaked(), LORA)
+        return trainer(tmp_path / "run", steps, make_reward(folder, models), models=models).train()
+
+    assert run(1, folders[0])["steps"] == 1 and run(2, tmp_path / "moved")["resumed_from"] == 1
+    with pytest.raises(PPOError, match="another reward"):
+        run(3, folders[1])

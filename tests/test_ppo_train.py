@@ -27,7 +27,7 @@ from deepseek_cookbook.ppo.policy import make_models
 from deepseek_cookbook.ppo.rollout import RolloutConfig, RolloutError, score
 from deepseek_cookbook.ppo.train import PPOConfig, PPOError
 from deepseek_cookbook.reward.combine import RewardError, RunningNorm, combine
-from deepseek_cookbook.settings import read_jsonl
+from deepseek_cookbook.settings import read_jsonl, write_json
 
 PEOPLE_GOT_WRONG = {
     "the reward lands on the padding behind the end (trl #3750, #5338; DeepSpeedExamples #672)": [
@@ -589,3 +589,181 @@ def test_a_whole_policy_is_not_continued_from_another_start(tmp_path):
         next(other.parameters()).add_(0.01)
     with pytest.raises(PPOError, match="another model, start or seed"):
         trainer(tmp_path, 2, full=True, models=make_models(other, LORA, full=True)).train()
+
+
+# ---------------------------------------------------------------- settings that say "not at all"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_gradient_norm_of_zero_means_no_clipping(tmp_path, full):
+    "As in transformers, TRL and this project's SFT; the norm is logged, and the step is that of a very large norm."
+    for norm in (0.0, 1e9):
+        run = trainer(tmp_path / str(norm), 2, max_grad_norm=norm, learning_rate=1e-2, full=full)
+        run.train()
+        assert min(logged(run, "grad_norm")) > 0
+    free, large = (weights(tmp_path / str(norm), 2) for norm in (0.0, 1e9))
+    begin = weights(tmp_path / "0.0", 0)
+    assert all(torch.equal(free[n], large[n]) for n in free)
+    assert any(not torch.equal(free[n], begin[n]) for n in free if n.startswith("policy."))
+
+
+# ---------------------------------------------------------------- whose run is it
+
+
+def ten(prompts, completions, **columns):
+    return [10.0] * len(completions)
+
+
+def minus(prompts, completions, **columns):
+    return [-1.0] * len(completions)
+
+
+def test_starting_over_leaves_nothing_to_go_back_to(tmp_path):
+    "The old run was longer and its reward ten times as high: its last checkpoint was the best of all."
+    trainer(tmp_path, 6, ten, save_steps=2, seed=1, learning_rate=1e-2).train()
+    figures = trainer(tmp_path, 4, save_steps=2, seed=2, learning_rate=1e-2).train(resume=False)
+    assert figures["resumed_from"] is None and figures["steps"] == 4 and figures["restored_to"] <= 4
+    alone = trainer(tmp_path / "alone", 4, save_steps=2, seed=2, learning_rate=1e-2)
+    assert alone.train()["restored_to"] == figures["restored_to"]
+    assert max(checkpoints(tmp_path)) == 4
+    for step in checkpoints(tmp_path):
+        ours, theirs = weights(tmp_path, step), weights(tmp_path / "alone", step)
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    rows = [r for r in read_jsonl(tmp_path / "metrics.jsonl") if "event" not in r]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert {r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")} == {2, 4}
+
+
+def test_a_log_without_its_checkpoints_is_not_added_to(tmp_path):
+    trainer(tmp_path, 3).train()
+    for step in checkpoints(tmp_path):
+        shutil.rmtree(checkpoint_folder(tmp_path, step))
+    run = trainer(tmp_path, 2)
+    run.train()
+    assert [r["step"] for r in run.log.rows if "event" not in r] == [1, 2]
+
+
+def test_a_trainer_that_has_trained_does_not_start_over(tmp_path):
+    run = trainer(tmp_path, 1)
+    run.train()
+    with pytest.raises(PPOError, match="has trained already"):
+        run.train(resume=False)
+    assert checkpoints(tmp_path)
+
+
+def summed(a=1.0, b=1.0, clip=None, norms=None):
+    norms = {k: RunningNorm(clip=c) for k, c in (norms or {}).items()}
+    return combine(dict(a=ten, b=vowels), dict(a=a, b=b), norms, clip)
+
+
+def scaled(alpha):
+    return make_models(peaked(), LORA | dict(lora_alpha=alpha))
+
+
+@pytest.mark.parametrize(
+    "before, after, found",
+    [
+        ({}, dict(rows=[r | dict(letter="z") for r in ROWS]), "another columns of the prompts"),
+        ({}, dict(rows=[r | dict(more=1) for r in ROWS]), "another columns of the prompts"),
+        (dict(reward=summed()), dict(reward=summed(a=2.0)), "another reward"),
+        (dict(reward=summed()), dict(reward=vowels), "another reward"),
+        (dict(reward=summed()), dict(reward=summed(clip=(-1.0, 1.0))), "another reward"),
+        (dict(reward=summed()), dict(reward=summed(norms=dict(a=5.0))), "another reward"),
+        (dict(reward=summed(a=5.0)), dict(reward=combine(dict(b=vowels), dict(b=1.0))), "another reward"),
+        (dict(cost=summed(), cost_limit=0.1), dict(cost=summed(b=3.0), cost_limit=0.1), "another cost"),
+        (dict(models=16), dict(models=160), "another lora_alpha"),
+    ],
+)
+def test_a_run_of_something_else_is_not_continued(tmp_path, before, after, found):
+    "Finished or not: what is written beside it would be false."
+    before, after = ({k: scaled(v) if k == "models" else v for k, v in more.items()} for more in (before, after))
+    trainer(tmp_path, 1, **before).train()
+    for steps in (1, 3):
+        with pytest.raises(PPOError, match=f"{found}.*resume=False"):
+            trainer(tmp_path, steps, **after).train()
+
+
+def test_the_same_run_written_anew_goes_on(tmp_path):
+    rows = [dict(reversed([*r.items()])) | dict(seen=np.float32(0.5)) for r in ROWS]
+    trainer(tmp_path, 1, summed(a=2.0), rows=rows).train()
+    again = [r | dict(seen=np.float32(0.5)) for r in ROWS]
+    assert trainer(tmp_path, 2, summed(a=2.0), rows=again).train()["resumed_from"] == 1
+
+
+def test_a_function_of_another_name_goes_on_and_is_noted(tmp_path):
+    "It may have been moved or mended; what is called by name from a command line is refused."
+    trainer(tmp_path, 1, ten).train()
+    run = trainer(tmp_path, 2, minus)
+    assert run.train()["resumed_from"] == 1
+    told = [r["message"] for r in run.log.rows if r.get("event") == "note" and r["guard"] == "reward"]
+    assert len(told) == 1 and "minus" in told[0] and "ten" in told[0]
+    named = [trainer(tmp_path / "named", steps, ten) for steps in (1, 2, 2)]
+    for run, name in zip(named, ("mine:ten", "mine:ten", "mine:other")):
+        run.named = name
+    assert named[0].train()["steps"] == 1 and named[1].train()["resumed_from"] == 1
+    with pytest.raises(PPOError, match="another reward .mine:ten there, mine:other here"):
+        named[2].train()
+
+
+def test_a_run_from_before_the_facts_were_kept_goes_on(tmp_path):
+    trainer(tmp_path, 1).train()
+    for step in checkpoints(tmp_path):
+        file = checkpoint_folder(tmp_path, step) / "state.json"
+        write_json(file, {k: v for k, v in checkpoints(tmp_path)[step].items() if k != "facts"})
+    assert trainer(tmp_path, 2).train()["resumed_from"] == 1
+
+
+def test_copies_of_checkpoints_are_none(tmp_path):
+    trainer(tmp_path, 2).train()
+    for name in ("checkpoint-old-6", "checkpoint-9-bak", "checkpoint-best"):
+        shutil.copytree(checkpoint_folder(tmp_path, 2), tmp_path / name)
+    assert list(checkpoints(tmp_path)) == [0, 2]
+    assert trainer(tmp_path, 3).train()["resumed_from"] == 2
+    assert (tmp_path / "checkpoint-old-6").is_dir()
+
+
+# ---------------------------------------------------------------- the plan of learning rates, and columns
+
+
+@pytest.mark.parametrize("kind", ["constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize("warmup, begin", [(0, 1.0), (1, 1.0), (2, 0.5), (4, 0.25)])
+def test_no_step_is_spent_on_a_rate_of_zero(tmp_path, kind, warmup, begin):
+    run = trainer(tmp_path, 6, lr_scheduler_type=kind, warmup_steps=warmup, save_steps=3)
+    run.train()
+    rates = np.array(logged(run, "learning_rate")) / 1e-3
+    assert rates[0] == pytest.approx(begin) and (rates > 0).all()
+    assert rates[: warmup or 1] == pytest.approx(np.arange(1, (warmup or 1) + 1) / (warmup or 1))
+    assert (np.diff(rates[max(0, warmup - 1) :]) <= 1e-9).all()
+    shutil.rmtree(checkpoint_folder(tmp_path, 6))
+    again = trainer(tmp_path, 6, lr_scheduler_type=kind, warmup_steps=warmup, save_steps=3)
+    assert again.train()["resumed_from"] == 3 and logged(again, "learning_rate") == logged(run, "learning_rate")
+
+
+@pytest.mark.parametrize("warmup", [3, 50])
+def test_a_warm_up_that_never_ends_is_refused(warmup):
+    with pytest.raises(PPOError, match=f"warmup_steps = {warmup}: the run has 3 steps"):
+        PPOConfig(total_episodes=40, batch_size=16, num_mini_batches=1, warmup_steps=warmup)
+
+
+@pytest.mark.parametrize("column", ["completions", "prompts"])
+def test_columns_whose_names_are_taken_are_refused_at_the_start(tmp_path, column):
+    with pytest.raises(PPOError, match=f"column '{column}'.*another name"):
+        trainer(tmp_path, 1, rows=[*ROWS, dict(prompt="Say z") | {column: "?"}])
+
+
+def test_noise_of_the_sampler_is_not_priced_as_distance(tmp_path):
+    "k3 of rounding is above 0; with one minibatch it was reckoned from what the sampler reports."
+    run = trainer(tmp_path, 1, kl_coef=5.0, kl_estimator="k3")
+    plain = run.ask
+
+    def noisy():
+        batch = plain()
+        batch.rollout.drawn_logprobs_BC += 0.1 * torch.randn(batch.rollout.drawn_logprobs_BC.shape)
+        return batch
+
+    run.ask = noisy
+    run.one_step()
+    last = run.last.mask_BC.cumsum(1) == run.last.mask_BC.sum(1, keepdim=True)
+    values, returns = run.last.values_BCK[..., 0], run.last.returns_BCK[..., 0]
+    found = (returns - values)[last & run.last.mask_BC]  # at the last token: score less the price of its KL
+    assert values.abs().max() < 1e-6 and found == pytest.approx(run.last.score_B, abs=1e-5)

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -680,6 +681,66 @@ def test_answer_reward():
     ):
         with pytest.raises(RewardError, match=message):
             ask(answer_reward(), "1", **columns)
+
+
+@pytest.mark.parametrize(
+    "said, gold, right",
+    [
+        (r"\boxed{3\frac{1}{4}}", "3/4", 0),
+        (r"\boxed{3\frac{1}{4}}", "13/4", 1),
+        (r"\boxed{-3\frac14}", "-13/4", 1),
+        ("Answer: 3 1/4", "31/4", 0),
+        ("Answer: 3 1/4", "3.25", 1),
+        ("Answer: 3½", "3.5", 1),
+        ("Answer: 3½", "3", 0),
+        ("Answer: 3 4", "12", 0),
+        ("Answer: 10 000", "10000", 1),
+        ("Answer: 7²", "72", 0),
+        ("Answer: 7²", "49", 1),
+        ("Answer: 7²", "7", 0),
+        ("Answer: √7", "7", 0),
+        ("Answer: 7x", "7", 0),
+        ("Answer: x + 7", "7", 0),
+        ("Answer: 10⁶", "106", 0),
+        ("Answer: 10⁻²", "0.01", 1),
+        (r"\boxed{\frac13}", "1/3", 1),
+        (r"\boxed{\frac{1}3}", "1/3", 1),
+        (r"\boxed{\sqrt5}", r"\sqrt{5}", 1),
+        (r"\boxed{45^\circ}", "45", 1),
+        ("Answer: 0.00002", 2e-05, 1),
+        ("Answer: 0.00002", "2e-05", 1),
+        ("Answer: 3", 2e-05, 0),
+        (r"\boxed{1{,}500}", "1500", 1),
+        (r"\boxed{(2,\frac{3}{2})}", "(2, 1.5)", 1),
+        (r"\boxed{(2,\frac{3}{2}]}", "(2, 1.5)", 0),
+        ("Answer: (1.5, 2)", "(2, 1.5)", 0),
+        (r"\boxed 8", "8", 1),
+        (r"$\boxed 12$.", "12", 1),
+        (r"\fbox{8}", "8", 1),
+        ("Answer: 4", ["4", "four"], 1),
+        ("Answer: four", ["4", "four"], 1),
+        ("Answer: 5", ["4", "four"], 0),
+    ],
+)
+def test_answers_as_people_and_latex_write_them(said, gold, right):
+    "What is paid wrongly is worse than what is missed: PPO finds it."
+    assert ask(answer_reward(), said, answer=[gold]) == [right]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 99), st.integers(1, 19), st.integers(2, 20), st.booleans())
+def test_a_mixed_number_is_a_sum(whole, n, d, minus):
+    value, sign = (whole + Fraction(n, d)) * (-1 if minus else 1), "-" * minus
+    for text in (rf"{sign}{whole}\frac{{{n}}}{{{d}}}", f"{sign}{whole} {n}/{d}"):
+        assert parse_math(plain_answer(text)) == value
+        for other in (f"{sign}{whole}{n}/{d}", f"{sign}{whole * n}/{d}"):
+            assert same_answer(text, other) == (Fraction(other) == value)
+
+
+@given(st.integers(2, 99), st.integers(0, 9))
+def test_a_raised_digit_is_a_power(base, exponent):
+    text = f"{base}{'⁰¹²³⁴⁵⁶⁷⁸⁹'[exponent]}"
+    assert same_answer(text, str(base**exponent)) and not same_answer(text, f"{base}{exponent}")
 
 
 class Evaluates:

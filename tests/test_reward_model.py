@@ -352,3 +352,31 @@ def test_the_reward_model_reads_the_tokens_of_the_rollout(thought, said, name):
 def test_a_pair_without_reasoning_is_read_where_the_policy_answers():
     tokenizer, ask = load_tokenizer("tiny-qwen2"), [dict(role="user", content="Name a metal.")]
     assert encode(tokenizer, ask, "Zinc.")[0] == encode(tokenizer, ask, "\n</think>\n\nZinc.")[0]
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "triplet", "multi_head"])
+def test_scores_are_centred_by_every_loss(tmp_path, loss):
+    "TRL's term, the mean square of the sum of a pair's scores, times the coefficient: the same for each of the losses."
+    from deepseek_cookbook.reward.model import head_names, make_reward_trainer
+
+    found = {}
+    for center in ("none", 0.5):
+        chosen = settings(f"reward.center_rewards_coefficient={center}", f"reward_model.loss={loss}")
+        names = head_names(chosen.build("reward_model"), TRAIN)
+        model = load_reward_model("tiny-llama", heads=len(names), dtype="float32")
+        tokenizer = load_tokenizer("tiny-llama")
+        trainer, _ = make_reward_trainer(chosen, TRAIN[:4], TRAIN[:4], tmp_path, model, tokenizer, names)
+        trainer.model.eval()
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        kept = {k: v.clone() for k, v in batch.items()}
+        with torch.no_grad():
+            found[center] = trainer.compute_loss(trainer.model, batch).item()
+            read = {k: kept[k] for k in ("input_ids", "attention_mask")}
+            better, worse = trainer.model(**read, use_cache=False).logits.float().chunk(2)
+    assert found[0.5] - found["none"] == pytest.approx(0.5 * (better + worse).square().mean().item(), rel=1e-3)
+    assert (better + worse).square().mean() > 1e-6
+
+
+def test_a_scale_of_all_heads_is_not_that_of_some():
+    with pytest.raises(RewardModelError, match="Give one of the two"):
+        load_reward("nowhere", weights=dict(a=1.0), normalize=True)

@@ -602,3 +602,21 @@ def test_weights_made_once_are_those_of_the_policy_and_leave_no_trace(seed, spre
     assert spread("off", off) < 0.05 and spread("far, of off", far / off) > 5
     assert [p.requires_grad for p in policy.parameters()] == flags
     assert not any("forward" in m.__dict__ for m in policy.modules())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reward_sees_every_token_but_the_stop(name):
+    "A token that it can't see is free, and PPO finds what is free."
+    tokenizer = load_tokenizer(name)
+    stop, (a, b) = tokenizer.eos_token_id, tokenizer("yz", add_special_tokens=False)["input_ids"][-2:]
+    free = sorted({i for i in tokenizer.all_special_ids if i != stop})
+    assert free
+
+    def text(*ids, stops=(stop,)):
+        return R.assemble([[a]], [([*ids], [-1.0] * len(ids))], list(stops), tokenizer).texts[0]
+
+    assert text(a, b, stop) == text(a, b) == tokenizer.decode([a, b])
+    assert text(a, b, stops=(b,)) == tokenizer.decode([a, b])  # a word that ends an answer is a part of it
+    for i in free:
+        others = [text(a, i, i, b, i, stop), text(a, i, b, stop), text(i, a, b, stop), text(a, b, i, i)]
+        assert len({text(a, b), *others}) == 5 and all(tokenizer.decode([i]) in t for t in others)

@@ -1,5 +1,6 @@
 """Training: what is refused, what is in the loss, and that a killed run goes on as if it had not been killed."""
 
+import math
 import shutil
 import signal
 import subprocess
@@ -8,15 +9,21 @@ import time
 from functools import partial
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 from deepseek_cookbook.models import load_model, load_tokenizer
 from deepseek_cookbook.settings import SettingsError, load_settings, read_json, read_jsonl
 from deepseek_cookbook.sft.checks import TrainError, few_steps, memory_advice, to_dataset, wide_evaluation
 from deepseek_cookbook.sft.train import (
+    EarlyStop,
     TrainConfig,
     last_checkpoint,
     save_adapter,
@@ -577,3 +584,40 @@ def test_few_steps_are_said_before_training_and_eval_rows_are_drawn_once(tmp_pat
     assert some_rows(RECORDS, None, 42) is RECORDS and some_rows(RECORDS, 99, 42) is RECORDS
     with pytest.raises(TrainError, match="eval_rows"):
         TrainConfig(eval_rows=0)
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(tmp_path):
+    "A user's copies, a folder named best, a file: none of them is a step, and none is removed."
+    names = ("checkpoint-6", "checkpoint-best", "checkpoint-12-bak", "checkpoint-old-8", "checkpoint-")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}" if name == "checkpoint-6" else "cut sho")
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+    assert {p.name for p in tmp_path.iterdir()} == {*names, "checkpoint-7"}
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.15])
+@pytest.mark.parametrize("greater", [False, True])
+@given(st.lists(st.sampled_from([0.5, 0.6, 0.7, 0.8, math.nan]), min_size=1, max_size=8))
+def test_waiting_is_counted_after_a_resume_as_before_it(greater, threshold, values):
+    "By either spelling of the metric; an oracle goes through the history as transformers' callback does."
+    counts = set()
+    for name in ("loss", "eval_loss"):
+        state, control = TrainerState(), TrainerControl()
+        args = SimpleNamespace(metric_for_best_model=name, load_best_model_at_end=True, greater_is_better=greater,
+                               eval_strategy=IntervalStrategy.STEPS)
+        live = EarlyStoppingCallback(99, threshold)
+        for step, value in enumerate(values, 1):
+            state.log_history += [dict(loss=0.1, step=step)] * 3 + [dict(eval_loss=value, step=step)]
+            live.on_evaluate(args, state, control, metrics=dict(eval_loss=value))
+            better = state.best_metric is None or (value > state.best_metric if greater else value < state.best_metric)
+            if better:
+                state.best_metric, state.best_global_step = value, step
+        stop = EarlyStop(3)
+        stop.early_stopping_threshold = threshold
+        stop.on_train_begin(args, state, control)
+        assert stop.early_stopping_patience_counter == live.early_stopping_patience_counter
+        assert control.should_training_stop == (live.early_stopping_patience_counter >= 3)
+        counts.add(stop.early_stopping_patience_counter)
+    assert len(counts) == 1

@@ -185,6 +185,20 @@ def test_the_end_of_patience_is_an_exit_code(tmp_path, monkeypatch, capsys):
     assert main(rl.words(tmp_path / "run")) == 0
 
 
+def test_a_finished_run_is_not_told_as_one_of_another_reward(tmp_path, capsys):
+    "The record would name a reward that was never asked."
+    write_jsonl(tmp_path / "prompts.jsonl", rl.ROWS)
+    short = ["--total_episodes", "16"]
+    assert main([*rl.words(tmp_path / "run"), *short]) == 0
+    record = (tmp_path / "run/result.json").read_bytes()
+    capsys.readouterr()
+    assert main([*rl.words(tmp_path / "run", "deadly"), *short]) == 1
+    assert "another reward (two_rl_processes:letters there, two_rl_processes:deadly here)" in capsys.readouterr().err
+    assert (tmp_path / "run/result.json").read_bytes() == record
+    assert main([*rl.words(tmp_path / "run", "deadly"), *short, "--overwrite_output_dir"]) == 0
+    assert read_json(tmp_path / "run/result.json")["result"]["resumed_from"] is None
+
+
 def test_a_missing_argument_is_named(capsys):
     assert main(["--dataset_path", "x"]) == 2
     assert "--output_dir, --reward_model" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 # %% ../../nbs/05e_ppo.policy.ipynb #b922d862
 from ..models import load_tokenizer, page_out
-from ..reward.model import RewardModel, put_head
+from ..reward.model import RewardModel, load_reward, put_head
 from ..reward.packed import layer_of
 from ..settings import read_json
 from ..sft.adapters import adapter_shapes, base_name, check_adapter, whole_folder
@@ -226,6 +226,8 @@ def reward_on_base(
     mine = base_name(inner.name_or_path)
     if base_name(facts["base"]) != mine: raise PolicyError(
         f"{folder} was trained on {facts['base']}, the policy is {mine}: load it by itself, with load_reward.")
+    if models.policy is not models.frozen:  # all weights are trained: a start is merged into `frozen`
+        return load_reward(folder, exact=exact, dtype=str(inner.dtype).removeprefix("torch."))
     config.modules_to_save, config.task_type = None, "CAUSAL_LM"
     name = f"reward{sum(n.startswith('reward') for n in models.frozen.peft_config) or ''}"  # there may be several
     models.frozen.add_adapter(name, config)

@@ -206,7 +206,7 @@ class Rollout:
     completion_mask_BC: torch.Tensor  # true up to and with the stop token
     ended_B: torch.Tensor  # true: stopped by itself; false: cut at max_new_tokens
     drawn_logprobs_BC: torch.Tensor  # as the engine reported them; for diagnosis
-    texts: list[str]  # completions, special tokens left out
+    texts: list[str]  # completions; of special tokens, only the stop at the end is left out
     logprobs_BC: torch.Tensor | None = None  # of the policy at temperature 1, computed as in training; 0 on padding
     lower_BTD: torch.Tensor | None = None  # hidden states behind the lower `below` layers, from `keep_lower`
     below: int = 0
@@ -248,7 +248,12 @@ def assemble(
     logps_BC, _ = pad_rows([c[1] for c in cut], 0.0, dtype=torch.float32)
     ended_B = torch.tensor([c[0][-1] in stops for c in cut])
     tensors = (x.to(device) for x in (prompt_ids_BP, prompt_mask_BP, ids_BC, mask_BC, ended_B, logps_BC))
-    return Rollout(*tensors, tokenizer.batch_decode([c[0] for c in cut], skip_special_tokens=True))
+    return Rollout(*tensors, [_shown(c[0], stops, tokenizer) for c in cut])
+
+def _shown(ids: list[int], stops: list[int], tokenizer) -> str:
+    "A completion as the reward reads it: a special token that is left out of the text costs nothing, and is found."
+    hidden = ids[-1] in stops and not tokenizer.decode(ids[-1:], skip_special_tokens=True)
+    return tokenizer.decode(ids[:-1] if hidden else ids, skip_special_tokens=False)
 
 # %% ../../nbs/05_ppo.rollout.ipynb #2efa0d11
 @contextmanager

@@ -29,7 +29,7 @@ from .policy import Models, PolicyError, make_models, reward_on_base
 from .rollout import RolloutConfig, prompt_rows, sample, score
 from .train import PPOTrainer
 from ..reward.combine import Checked, combine
-from ..reward.gate import check_gate
+from ..reward.gate import check_gate, weights_digest
 from ..reward.model import load_reward
 from ..reward.pairs import DIMENSIONS, bank_pairs, gold_reward, gold_score, text_of
 from ..reward.source import DESK, whose
@@ -60,8 +60,10 @@ def make_reward(reward: Rewards, models: Models, exact: bool = True) -> Callable
         parts = {name: make_reward(part, models, exact) for name, (_, part) in reward.items()}
         return combine(parts, {name: weight for name, (weight, _) in reward.items()})
     if callable(reward): return reward
-    try: return reward_on_base(models, reward, exact)
-    except PolicyError: return load_reward(reward, exact=exact)  # of another base: a model of its own
+    try: found = reward_on_base(models, reward, exact)
+    except PolicyError: found = load_reward(reward, exact=exact)  # of another base: a model of its own
+    found.identity = weights_digest(reward)  # a run that is continued must follow the same one
+    return found
 
 # %% ../../nbs/05i_ppo.task.ipynb #07379acf
 def train_ppo(
@@ -74,6 +76,7 @@ def train_ppo(
     resume: bool = True,  # False starts over
     force: bool = False,  # train against a reward model that did not pass its gate
     quiet: bool = False,  # no progress bar
+    named: str | None = None,  # what the reward is called, where it was asked for by name: another can't continue
 ) -> tuple[Models, dict]:  # the models, and measured figures
     "Train a policy, alone or as one of the processes that torchrun started."
     folder, seed = Path(folder), settings.build("run").seed
@@ -93,6 +96,7 @@ def train_ppo(
         with open_log(settings, folder) as log:
             trainer = PPOTrainer(config, models, tokenizer, prompt_rows(rows), make_reward(reward, models), folder,
                                  rollout, cost, log, make_guards(watch), watch.lr_factor, engine, seed, quiet)
+            trainer.named = named
             return models, trainer.train(resume)
 
 # %% ../../nbs/05i_ppo.task.ipynb #609b89fc

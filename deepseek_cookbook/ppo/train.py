@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fastcore.basics import patch
 from tqdm.std import tqdm
-from transformers import get_scheduler
 
 # %% ../../nbs/05b_ppo.train.ipynb #88e146a9
 from ..guards import Action, Decision, Watch, last_healthy
@@ -27,8 +26,9 @@ from ..monitor import peak_memory_gib, scale_lr
 from .batch import Batch, keep_for_replay, look_back, measure, scored
 from .batch import set_advantages, with_replayed
 from .checkpoints import best_step, checkpoints, drift, forget
-from .checkpoints import load_checkpoint, refused_steps, run_key, save_checkpoint
-from .config import PPOConfig, PPOError
+from .checkpoints import START_OVER, check_facts, forget_all, load_checkpoint, refused_steps
+from .checkpoints import run_facts, run_key, save_checkpoint
+from .config import PPOConfig, PPOError, check_columns, make_schedule
 from .control import AdaptiveKL, FixedKL, Lagrangian, Replay, too_far
 from .losses import masked_mean, penalize_unended, policy_loss, ppo_loss, value_loss, whiten
 from .policy import Models, narrowed, save_policy, trained, values_of
@@ -74,6 +74,7 @@ class PPOTrainer:
 def check(self: PPOTrainer):
     "Refuse what can't be learnt from."
     if not self.rows: raise PPOError("no prompts to learn from: give at least one row with a prompt.")
+    check_columns(self.rows)
     if (self.cost is None) != (self.config.cost_limit is None): raise PPOError(
         "a cost function and ppo.cost_limit belong together: give both or none.")
     self.accelerator = Accelerator(cpu=precision().device == "cpu")
@@ -94,7 +95,7 @@ def prepare(self: PPOTrainer):
     self.groups, rates = mine, (c.learning_rate, c.value_learning_rate)
     self.optimizer = torch.optim.AdamW([dict(params=p, lr=lr) for p, lr in zip(mine, rates)], weight_decay=0.0)
     self.steps = math.ceil(c.total_episodes / c.batch_size)
-    self.scheduler = get_scheduler(c.lr_scheduler_type, self.optimizer, c.warmup_steps, self.steps)
+    self.scheduler = make_schedule(c, self.optimizer, self.steps)
 
 # %% ../../nbs/05b_ppo.train.ipynb #863afb6d
 @patch
@@ -106,8 +107,8 @@ def steer(self: PPOTrainer, guards, lr_factor: float):
         c.cost_limit, c.cost_init, c.cost_lr, c.cost_damping, c.cost_delay, lambda_max=c.cost_max)
     self.replay = Replay(c.replay_capacity, c.replay_max_age, c.replay_alpha) if c.replay else None
     self.counts = dict(done=0, tokens=0, skipped=0, in_a_row=0)
-    self.stopped, self.identity, self.samples, self.spent, self.objectives = None, None, [], {}, []
-    self.first_norms = {}  # of the reward, as the first batch left them
+    self.stopped, self.identity, self.known, self.samples, self.spent, self.objectives = None, None, None, [], {}, []
+    self.first_norms, self.named = {}, None  # the reward's norms as the first batch left them; its name, if it has one
     self.watch = Watch(self.log, guards, {Action.STOP: self.stop, Action.RAISE_BETA: lambda d: self.kl.scale(2.0),
         Action.LOWER_LR: lambda d: scale_lr(self.optimizer, self.scheduler, lr_factor)})
     raising = [g.name for g in guards if g.action == Action.RAISE_BETA]
@@ -225,7 +226,7 @@ def clip(self: PPOTrainer, group: list[torch.Tensor]) -> float:  # L2 norm befor
     if world_size() > 1:
         flat = self.summed(torch.cat([p.grad.flatten() for p in group]))
         for p, g in zip(group, flat.split([p.numel() for p in group])): p.grad.copy_(g.view_as(p))
-    return float(torch.nn.utils.clip_grad_norm_(group, self.config.max_grad_norm))
+    return float(torch.nn.utils.clip_grad_norm_(group, self.config.max_grad_norm or math.inf))
 
 @patch
 def one_update(self: PPOTrainer, batch: Batch, micro_batches: list[list[int]]) -> dict:
@@ -280,8 +281,8 @@ def one_step(self: PPOTrainer) -> dict:
     self.last = batch = self.ask()
     with _clock(self.spent, "look_back"):
         first = self.minibatches(batch, 0)
-        together, early = [rows for part in first for rows in part], len(first) > 1 or bool(self.engine or self.replay)
-        look_back(batch, self.models, self.rollout, together, early)
+        early = len(first) > 1 or bool(self.engine or self.replay) or c.kl_estimator == "k3"  # of noise k3 is above 0
+        look_back(batch, self.models, self.rollout, [rows for part in first for rows in part], early)
         set_advantages(batch, self.kl.beta, c.kl_estimator, c.gamma, c.lam, c.whiten_rewards, self.price, self.whitened)
     with _clock(self.spent, "update"): learnt = self.update(batch)
     moved = dict(drift=drift(self.reward.fn, self.first_norms))
@@ -311,7 +312,7 @@ def state(self: PPOTrainer) -> dict:
     "What a checkpoint holds beside weights and optimizer; of all processes."
     found = dict(counts=self.counts, kl=self.kl.state_dict(), price=self.price and self.price.state_dict(),
                  scheduler=self.scheduler.state_dict(), samples=self.samples, objectives=self.objectives,
-                 stopped=self.stopped, key=self.key(), processes=world_size())
+                 stopped=self.stopped, key=self.key(), facts=self.facts(), processes=world_size())
     found["replay"] = gather_object([None if self.replay is None else self.replay.state_dict()])
     found["faults"] = gather_object([dict(self.reward.counts)])
     found["norms"] = gather_object([{k: asdict(norm) for k, norm in self.norms().items()}])
@@ -335,6 +336,13 @@ def key(self: PPOTrainer) -> str:
     return self.identity
 
 @patch
+def facts(self: PPOTrainer) -> dict:
+    "What else must be the same, and can be told by its name."
+    if not self.known:
+        self.known = run_facts(self.reward, self.cost, self.rows, self.tokenizer, self.models.frozen, self.named)
+    return self.known
+
+@patch
 def save(self: PPOTrainer):
     "A checkpoint of now, and the samples so far; the main process writes."
     state, guards, rows = self.state(), self.watch.guards, self.log.rows
@@ -354,8 +362,8 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     state = load_checkpoint(self.folder, there[-1], self.trained, self.optimizer)
     if state["key"] != self.key(): raise PPOError(
         f"{self.folder} holds a run of another model, start or seed, of other settings or prompts, or of another "
-        f"number of processes ({state['processes']}). Choose another folder, or start over: resume=False, on the "
-        "command line --force (train_rl: --overwrite_output_dir).")
+        f"number of processes ({state['processes']}). {START_OVER}")
+    note = check_facts(self.folder, self.facts(), state.get("facts", {}))  # absent in older runs
     self.counts, self.samples, self.objectives = state["counts"], state["samples"], state["objectives"]
     self.stopped = state["stopped"]
     self.kl.load_state_dict(state["kl"])
@@ -366,7 +374,15 @@ def resume(self: PPOTrainer) -> int | None:  # the step gone on from
     self.first_norms = state.get("first_norms", [{}] * world_size())[rank()]  # absent in older runs
     self.scheduler.load_state_dict(state["scheduler"])
     self.log.rewind(self.counts["done"])
+    if note: self.log.event(self.counts["done"], "note", "reward", note)
     return there[-1]
+
+@patch
+def start_over(self: PPOTrainer):
+    "Leave nothing of an older run in the folder that this run could go back to."
+    if self.counts["done"]: raise PPOError("resume=False: this trainer has trained already; make models and it anew.")
+    on_main(lambda: forget_all(self.folder))
+    self.log.rewind(0)
 
 # %% ../../nbs/05b_ppo.train.ipynb #69835af3
 @patch
@@ -403,7 +419,9 @@ def train(self: PPOTrainer, resume: bool = True) -> dict:  # measured figures
     "All steps; a run that was cut off goes on from its last checkpoint."
     began, self.restored, self.ended = time.perf_counter(), None, []
     resumed, c = self.resume() if resume else None, self.config
-    if resumed is None: self.save()
+    if resumed is None:
+        self.start_over()
+        self.save()
     bar = tqdm(total=self.steps, initial=self.counts["done"], desc="PPO", disable=self.quiet or not is_main())
     with bar, nullcontext() if self.engine else narrowed(self.models, self.rollout.autocast):
         while self.counts["done"] < self.steps and not self.stopped:

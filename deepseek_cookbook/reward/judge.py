@@ -71,18 +71,21 @@ def question(
     return re.sub(r"\{(prompt|a|b)\}", lambda m: tame(parts[m[1]]), rubric)
 
 # %% ../../nbs/04d_reward.judge.ipynb #4293e2e0
-_SAID = re.compile(r"(?:verdict|answer|better|winner|choice|结论|答案|更好的?是?|选择?)\s*(?:is|:|：|=)*\s*[\"'*\[(（【]*"
-                   r"(A|B|TIE|平局)\b", re.IGNORECASE)
+_SAID = (r"(?i:verdict|answer|better|winner|choice|结论|答案|更好的?是?|选择?)\s*(?:(?i:is)\b|:|：|=)*[\s\"'*\[(（【]*"
+         r"(?:(?i:an?)\s+(?=(?i:tie|draw)))?(A|B|(?i:tie|draw)|平局)(?![A-Za-z0-9])")  # "a" is an article, A a verdict
+_ENDS = (r"[\"'*\])）】]*\s*(?:$|[\n.。;；!！]|[,，](?!\s*(?:and|or|和)?\s*[AB]\b)|because\b|since\b|因为"
+         r"|is (?:clearly |much |the )?(?:better|best|winner)\b|更好)")
 
 def parse_verdict(
     text: str,  # what the judge wrote
 ) -> str | None:  # A, B, tie, or None for garbage
-    "Read a verdict, or say that there is none."
+    "Read a verdict, or say that there is none: one that goes on, such as «B is worse», is none."
     text = re.sub(r"^.*</think>", "", text, flags=re.DOTALL).strip()
     alone = re.fullmatch(r"\W*(A|B|TIE|平局)\W*", text, re.IGNORECASE)
-    said = {m.upper() for m in ([alone[1]] if alone else _SAID.findall(text))}
-    if len(said) != 1: return None
-    letter = said.pop()
+    said = [alone[1]] if alone else re.findall(_SAID, text)
+    if len({m.upper() for m in said}) != 1: return None
+    if not alone and len(re.findall(_SAID + _ENDS, text)) < len(said): return None
+    letter = said[0].upper()
     return letter if letter in "AB" else "tie"
 
 # %% ../../nbs/04d_reward.judge.ipynb #64daac8d

@@ -76,6 +76,7 @@ def compute_loss(self: PairTrainer, model, inputs, return_outputs=False, num_ite
     chosen_BH, rejected_BH = outputs.logits.float().chunk(2)
     if self.loss == "multi_head": loss = multi_head(chosen_BH, rejected_BH, target_BH)
     else: loss = triplet(chosen_BH.sum(-1), rejected_BH.sum(-1), margin_B)
+    if center := self.args.center_rewards_coefficient: loss = loss + center * (chosen_BH + rejected_BH).square().mean()
     self._note(inputs, chosen_BH.detach(), rejected_BH.detach(), target_BH)
     return (loss, outputs) if return_outputs else loss
 

@@ -279,6 +279,8 @@ def load_reward(
 ) -> RewardModel:
     "A trained reward model as a function."
     home = Path(folder) / "adapter"
+    if weights and normalize: raise RewardModelError("normalize=True with weights: mean and deviation were measured on "
+                                                     "all heads together. Give one of the two.")
     if not (home / "reward.json").is_file():
         raise RewardModelError(f"{folder}: no adapter/reward.json. Give the folder that train_reward wrote.")
     facts = read_json(home / "reward.json")

@@ -9,6 +9,7 @@ __all__ = ['LIMIT', 'regex_reward', 'think_reward', 'json_reward', 'final_answer
 # %% ../../nbs/04c_reward.verify.ipynb #457b0378
 import ast, inspect, json, random, re, unicodedata
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 
 # %% ../../nbs/04c_reward.verify.ipynb #9fe1459c
@@ -89,13 +90,14 @@ _MARK = re.compile(r"(?:####|answer(?: is|\W{0,3}[:=])|答案(?:是|为|[:：=])
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
 def _boxed(text: str) -> str | None:
-    r"What stands in the last \boxed{…}, braces counted."
-    start = text.rfind("\\boxed{")
-    if start < 0: return None
-    depth = 0
-    for i in range(start + 6, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0: return text[start + 7:i]
+    r"What stands in the last \boxed{…} or \fbox{…}, braces counted; of \boxed 8, the 8."
+    start = list(re.finditer(r"\\(?:boxed|fbox)\s*(?![A-Za-z])", text))[-1:]
+    if not start: return None
+    inner, depth = text[start[0].end():], 0
+    if not inner.startswith("{"): return (re.match(r"[^\s$]*", inner)[0].rstrip(".,。，") or None)
+    for i, c in enumerate(inner):
+        depth += (c == "{") - (c == "}")
+        if depth == 0: return inner[1:i]
     return None
 
 def final_answer(
@@ -112,26 +114,37 @@ def final_answer(
 # %% ../../nbs/04c_reward.verify.ipynb #cc27c2d2
 _PLAIN = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\%": "%", r"\,": "", r"\!": "",
           r"\$": "", r"\(": "", r"\)": "", r"\cdot": "*", r"\times": "*", r"\div": "/", r"\pi": "π", "$": "", "¥": "",
-          "€": "", "×": "*", "·": "*", "÷": "/", "−": "-", "⁄": "/", "**": "^"}
+          "€": "", "×": "*", "·": "*", "÷": "/", "−": "-", "⁄": "/", "**": "^", "{,}": ",",
+          r"^\circ": "", r"^{\circ}": "", "°": ""}
+_RAISED = "⁰¹²³⁴-⁹⁺⁻"
 _UNIT = re.compile(r"(?<=[\d%)}])(?:\s*[\u4e00-\u9fff]{1,8}|\s+[A-Za-z]{2,12}|\s*\\text\s*\{[^{}]*\})$")
 
 def plain_answer(text: str) -> str:
     "An answer without its dress."
     text = normalize(text[:400], "nfkc").strip("* \t\r\n").rstrip("* .。,")
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+    text = re.sub(f"[{_RAISED}]+", lambda m: f"^({unicodedata.normalize('NFKC', m[0])})", text)
     for old, new in _PLAIN.items(): text = text.replace(old, new)
     text = re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", text.strip())
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
     text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(r"(?<![\d.,/^])\d{1,3}(?: \d{3})+(?![\d,/])", lambda m: m[0].replace(" ", ""), text)
+    text = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]\d{2,})(?![\w.])", r"\1*10^(\2)", text)  # Python's 2e-05
     return _UNIT.sub("", text).strip()
 
 # %% ../../nbs/04c_reward.verify.ipynb #40396e17
 _TOKEN = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)%?|[A-Za-z]+|\\sqrt|π|[-+*/^()]")
+_SHORT = re.compile(r"(\\frac|\\sqrt)\s*(\d)"), re.compile(r"(\\frac\{[^{}]*\})\s*(\d)")  # \frac13 is 1/3 in LaTeX
+_MIXED = (re.compile(r"(?<![\w.^/}])(\d+)\s*\\frac\{\s*(\d+)\s*\}\{\s*(\d+)\s*\}"),
+          re.compile(r"(?<![\w.^/}])(\d+)\s+(\d+)/(\d+)(?![\w.])"))  # 3 1/4 is a sum
 _FRAC, _ROOT = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), re.compile(r"\\sqrt\s*\{([^{}]*)\}")
 
 def _python(text: str) -> tuple[str, dict[str, Fraction]]:
     "The text as a Python expression in which numbers are names, and the numbers."
     if len(text) > 200: raise ValueError("too long")
+    for short in _SHORT: text = short.sub(r"\1{\2}", text)
+    for mixed in _MIXED: text = mixed.sub(r"(\1+\2/\3)", text)
+    if re.search(r"\d\s+[\d.]", text): raise ValueError("two numbers and no sign between them")
     before = None
     while text != before: before, text = text, _ROOT.sub(r"\\sqrt(\1)", _FRAC.sub(r"((\1)/(\2))", text))
     text = text.replace("{", "(").replace("}", ")")
@@ -197,7 +210,10 @@ def same_answer(
     "Whether two answers mean the same."
     a, b = plain_answer(given), plain_answer(gold)
     letters = lambda t: re.sub(r"[\s()]", "", t).casefold()
-    if re.sub(r"\s", "", a) == re.sub(r"\s", "", b): return bool(b)
+    if _tight(a) == _tight(b): return bool(b)
+    inner = _parts(a), _parts(b)
+    if all(inner): return (a[0], a[-1]) == (b[0], b[-1]) and len(inner[0]) == len(inner[1]) and all(
+        same_answer(x, y, tolerance) for x, y in zip(*inner))
     if all(re.fullmatch(r"\(?[A-Za-z]\)?", t) for t in (a, b)): return letters(a) == letters(b)
     try: x, y = parse_math(a), parse_math(b)
     except ValueError: return a.casefold() == b.casefold()
@@ -209,6 +225,21 @@ def same_answer(
         u, v = (_value(e, at) for e in (x, y))
         if u is None or v is None or abs(u - v) > abs(v) * max(tolerance, 1e-20) + 1e-20: return False
     return True
+
+def _tight(text: str) -> str:
+    "Without the blanks that mean nothing; that between two numbers does: 3 1/4 is not 31/4."
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\s+", " ", text))
+
+def _parts(text: str) -> list[str] | None:  # None: no pair, no point, no interval
+    "What stands between the commas of a bracket around the whole text."
+    if not (text[:1] in ("(", "[") and text[-1:] in (")", "]")): return None
+    parts, depth = [""], 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and i < len(text) - 1: return None
+        if depth == 1 and c == ",": parts.append("")
+        elif 0 < i < len(text) - 1: parts[-1] += c
+    return parts if len(parts) > 1 else None
 
 def _value(expression, at: dict):
     "The value of an expression at a point, 30 digits; None where it has none."
@@ -235,18 +266,21 @@ def _column(name: str, column: str, columns: dict, completions: list) -> list:
     if found is None or len(found) != len(completions):
         have = "there is none" if found is None else f"it has {len(found)} rows, {len(completions)} are needed"
         raise RewardError(f"{name}: column {column!r}: {have}. Columns: {', '.join(columns) or 'none'}. Pass column=….")
-    if empty := [i for i, v in enumerate(found) if v is None or v == ""]:
+    if empty := [i for i, v in enumerate(found) if v is None or isinstance(v, str | list | tuple) and not len(v)]:
         raise RewardError(f"{name}: column {column!r}, row {empty[0]}: empty; a reward needs the right answer")
     return found
 
 def _right(text: str, gold, last_number: bool, tolerance: float) -> bool:
-    "Whether a text ends with the right answer."
+    "Whether a text ends with the right answer, or with one of several."
+    if isinstance(gold, list | tuple): return any(_right(text, one, last_number, tolerance) for one in gold)
+    if isinstance(gold, float): gold = format(Decimal(repr(float(gold))), "f")  # 2e-05 would be read as 2e - 5
     gold = final_answer(str(gold)) or str(gold)
     found = final_answer(text, last_number)
     if found is None: return False
     if same_answer(found, gold, tolerance): return True
     numbers = _NUMBER.findall(found)  # "42 because …": one number among words
-    return len(numbers) == 1 and not re.search(r"[\\^*=]", found) and same_answer(numbers[0], gold, tolerance)
+    alone = len(numbers) == 1 and not re.search(rf"[\\^*=+√π±∞<>≤≥≠¼-¾⅐-⅞{_RAISED}]|\d[A-Za-z](?![A-Za-z])", found)
+    return alone and same_answer(numbers[0], gold, tolerance)
 
 # %% ../../nbs/04c_reward.verify.ipynb #e24ff4e6
 def scored_reward(

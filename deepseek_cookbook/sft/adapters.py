@@ -200,7 +200,7 @@ def _activate(model, name: str | None):
 @torch.inference_mode()
 def probe_logits(model, seed: int = 0) -> torch.Tensor:  # (1, T, V)
     "Logits of 64 random tokens, which meet all experts of a small model."
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)  # an adapter on it has no num_embeddings
     ids_BT = torch.randint(rows, (1, 64), generator=torch.Generator().manual_seed(seed))
     return model.eval()(input_ids=ids_BT.to(model.device), use_cache=False).logits.float().cpu()
 
@@ -227,7 +227,9 @@ def merge_adapter(
 ) -> dict:  # differences by merging, by rounding and by writing, and the size in bytes
     "Merge an adapter into its base in floats, and write a model that needs no PEFT."
     out, kind, own = check_out(out), to_dtype(dtype, torch.float32), dict(template=template, revision=revision)
-    model = load_adapters(load_model(base, "float32", device="cpu", **own), {"merged": adapter})
+    model = load_model(base, "float32", device="cpu", **own)
+    if any("lora_embedding" in key for key in adapter_shapes(adapter)): _untie(model)
+    model = load_adapters(model, {"merged": adapter})
     trained = probe_logits(model)
     model = model.merge_and_unload(safe_merge=True)
     merged = probe_logits(model)
@@ -246,6 +248,13 @@ def merge_adapter(
     return figures | dict(bytes=size)
 
 # %% ../../nbs/03d_sft.adapters.ipynb #91b8ad30
+def _untie(model):
+    "A matrix of its own for the output: an adapter on the embedding changes what is read, and not what is written."
+    out = model.get_output_embeddings()
+    if out is None or out.weight is not model.get_input_embeddings().weight: return
+    out.weight = torch.nn.Parameter(out.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
 def _check_written(folder: Path, expected: torch.Tensor, tolerance: float) -> float:
     load_tokenizer(folder)
     found = check_equal("reading the merged folder", probe_logits(load_model(folder, "float32", device="cpu")),

@@ -50,8 +50,8 @@ def last_checkpoint(
     folder: str | Path,  # the trainer's output_dir
 ) -> Path | None:  # the newest complete checkpoint-<step>
     "Find where to resume; a checkpoint that was cut short is removed."
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]  # copies stay
+    for checkpoint in sorted(found, key=lambda p: int(p.name[11:]), reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
             return checkpoint
@@ -121,8 +121,13 @@ class EarlyStop(EarlyStoppingCallback):
     "Early stopping that goes on counting after a resume."
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        seen = [r for r in state.log_history if args.metric_for_best_model in r]
-        self.early_stopping_patience_counter = sum(r["step"] > (state.best_global_step or 0) for r in seen)
+        name = "eval_" + args.metric_for_best_model.removeprefix("eval_")  # transformers allows both spellings
+        sign, best, waited = 1 if getattr(args, "greater_is_better", False) else -1, None, 0
+        for value in (sign * r[name] for r in state.log_history if name in r):
+            better = best is None or value > best + self.early_stopping_threshold
+            waited = 0 if better else waited + 1
+            best = value if best is None or value > best else best
+        self.early_stopping_patience_counter = waited
         if self.early_stopping_patience_counter >= self.early_stopping_patience: control.should_training_stop = True
 
 # %% ../../nbs/03c_sft.train.ipynb #1e953b4d
