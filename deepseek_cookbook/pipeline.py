@@ -81,7 +81,7 @@ FILES = (("model", "name"), ("augment", "chat_model"), ("model", "template"), ("
 
 def named_files(value) -> list[str]:
     "The files that a setting names: a path, a pattern, names with commas between them, or several of these."
-    names = [value or ""] if isinstance(value, str | None) else list(value)
+    names = [name for name in ([value] if isinstance(value, str | None) else value) if name]
     try: return source_files(names)
     except ValueError: return names  # a pattern that matches nothing: the phase says so
 

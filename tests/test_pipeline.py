@@ -175,3 +175,9 @@ def test_a_constitution_that_was_edited_is_another_one(tmp_path):
         file.write_text(text)
         keys.append(phase_key(phase, load_settings("tiny", [f"constitution.file={file}"]), RunFolder(tmp_path)))
     assert keys[0] != keys[1]
+
+
+def test_a_setting_that_is_empty_names_no_file_and_not_the_working_folder():
+    for empty in (None, "", [], {}):
+        assert pipeline.named_files(empty) == []
+    assert pipeline.named_files(["", "a.jsonl"]) == ["a.jsonl"] and pipeline.named_files("a,b") == ["a", "b"]
