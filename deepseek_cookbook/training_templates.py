@@ -176,7 +176,9 @@ def twins(folder: str | Path) -> list[BaseModel]:
     named, real = find_model(config.get("_name_or_path") or ""), [m for m in MODELS.values() if m.task != "test"]
     def sizes(s: Shape): return (s.layers, s.hidden, s.heads, s.kv_heads, s.intermediate, s.vocab,
         "deepseek_v3" if s.latent else "qwen2" if s.qkv_bias else "llama")
-    return ([named] if named else []) + [m for m in real if sizes(m.shape) == shape_of(config) and m is not named]
+    tied = bool(config.get("tie_word_embeddings"))  # Qwen2.5-1.5B and its R1 distillate differ in this alone
+    alike = [m for m in real if sizes(m.shape) == shape_of(config) and m.shape.tied == tied]
+    return ([named] if named else []) + [m for m in alike if m is not named]
 
 def fits(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     "Whether a template of ours writes the prompts that the model's own template writes."

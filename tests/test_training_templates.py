@@ -400,7 +400,8 @@ def test_every_registered_size_is_recognised(tmp_path, name):
     s = MODELS[name].shape
     kind = "deepseek_v3" if s.latent else "qwen2" if s.qkv_bias else "llama"
     config = dict(num_hidden_layers=s.layers, hidden_size=s.hidden, num_attention_heads=s.heads, model_type=kind,
-                  num_key_value_heads=s.kv_heads, intermediate_size=s.intermediate, vocab_size=s.vocab)
+                  num_key_value_heads=s.kv_heads, intermediate_size=s.intermediate, vocab_size=s.vocab,
+                  tie_word_embeddings=s.tied)
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = T.twins(tmp_path)
     assert name in [m.name for m in found] and all(m.shape == s for m in found)
